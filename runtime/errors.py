@@ -1,0 +1,170 @@
+"""Every error a user can meet, in one hierarchy.
+
+Each class fixes a stable `code` (a word clients may test for) and an HTTP `status`. To add one: subclass, give both,
+say in the docstring when it is raised. Across processes an error travels as `ErrorInfo`; nothing is pickled.
+`assert` is for what only a bug of ours can break.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """An error as a value: what goes over a pipe and into a JSON body."""
+
+    code: str
+    message: str
+    status: int
+    param: str | None = None
+
+
+class ManyloraError(Exception):
+    """Base of all. `param` names the field, flag or tensor at fault."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def info(self) -> ErrorInfo:
+        return ErrorInfo(self.code, self.message, self.status, self.param)
+
+
+class RemoteError(ManyloraError):
+    """An `ErrorInfo` that arrived from another process, raised here with its own code and status."""
+
+    def __init__(self, error: ErrorInfo) -> None:
+        super().__init__(error.message, param=error.param)
+        self._error = error
+
+    def info(self) -> ErrorInfo:
+        return self._error
+
+
+class ConfigError(ManyloraError, ValueError):
+    """A flag, a combination of flags, or the machine does not allow a start. Ends the launch with one line."""
+
+    code = "bad_config"
+    status = 400
+
+
+class ModelNotFoundError(ConfigError):
+    """`--model-path` is neither a directory with a model nor a hub id that could be fetched."""
+
+    code = "model_not_found"
+
+
+class ModelUnsupportedError(ConfigError):
+    """The model's config asks for something that is not implemented; the message names it."""
+
+    code = "model_unsupported"
+
+
+class OutOfMemoryError(ConfigError):
+    """Weights and the smallest useful page pool do not fit."""
+
+    code = "out_of_memory"
+
+
+class BadRequestError(ManyloraError, ValueError):
+    """The request's body is malformed or a field is out of range."""
+
+    code = "invalid_request"
+    status = 400
+
+
+class ContextLengthError(BadRequestError):
+    """Prompt and new tokens exceed the context, or can never fit the page pool. Never cut silently."""
+
+    code = "context_length_exceeded"
+
+
+class AdapterNotFoundError(BadRequestError):
+    """A request or an unload names an adapter that is not loaded."""
+
+    code = "adapter_not_found"
+
+
+class LoRADisabledError(BadRequestError):
+    """Adapters were asked of a server started without `--enable-lora` or `--lora-paths`."""
+
+    code = "lora_disabled"
+
+
+class AdapterExistsError(BadRequestError):
+    """A load of a name that is loaded, without `replace: true`; or while the same name is being loaded."""
+
+    code = "adapter_exists"
+
+
+class AdapterRejectedError(BadRequestError):
+    """The adapter's files cannot be served: missing, malformed, of a wrong shape, or of an unsupported kind."""
+
+    code = "adapter_rejected"
+
+
+class AdapterChangedError(AdapterRejectedError):
+    """The files behind a registered version were re-read and no longer have its digest."""
+
+    code = "adapter_changed"
+
+
+class AdapterLimitError(BadRequestError):
+    """The adapter exceeds `--max-lora-rank`, `--lora-target-modules`, the pin limit, or can never fit in memory."""
+
+    code = "adapter_limit"
+
+
+class NotReadyError(ManyloraError):
+    """The server is still starting."""
+
+    code = "not_ready"
+    status = 503
+
+
+class QueueFullError(ManyloraError):
+    """The bounded queue is full; nothing of the call was accepted."""
+
+    code = "queue_full"
+    status = 503
+
+
+class BusyError(ManyloraError):
+    """The operation needs an idle server (`/flush_cache` while requests run)."""
+
+    code = "busy"
+    status = 400
+
+
+class ShuttingDownError(ManyloraError):
+    """The server was told to stop before the request could end."""
+
+    code = "shutting_down"
+    status = 503
+
+
+class WorkerCrashedError(ManyloraError):
+    """A process of the server died under the request."""
+
+    code = "worker_crashed"
+    status = 500
+
+
+class NonFiniteLogitsError(ManyloraError):
+    """The weights that answer produced NaN or infinity; no token can be drawn honestly."""
+
+    code = "non_finite_logits"
+    status = 500
+
+
+class ProtocolError(ManyloraError):
+    """A pipe broke its contract: a gap in the sequence, an unknown epoch, a message that does not decode."""
+
+    code = "protocol_error"
+    status = 500

@@ -1,0 +1,346 @@
+"""Every message between two processes, grouped by who sends it to whom.
+
+One union per direction (bottom of the file); each is a frozen tagged Struct. Columns of integers travel as packed bytes
+(`pack_i32`, `pack_i64`). New fields go last, with a default. The plan of a step is in `runtime/plan.py`.
+
+A *handle* is the front's number of one sequence (one sample of one request); it is never reused while a front lives.
+A *version* is the scheduler's number of one set of adapter weights; it is never reused while a scheduler lives.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+import msgspec
+
+from manylora.runtime.errors import ErrorInfo
+from manylora.runtime.model_config import ModelConfig
+from manylora.runtime.plan import ForwardBatch, ForwardOutput
+from manylora.runtime.sampling_params import SamplingParams
+
+NO_VERSION = 0  # the base model
+
+
+def pack_i32(values: Iterable[int]) -> bytes:
+    return array("i", values).tobytes()
+
+
+def unpack_i32(data: bytes) -> array[int]:
+    return array("i", data)
+
+
+def pack_i64(values: Iterable[int]) -> bytes:
+    return array("q", values).tobytes()
+
+
+def unpack_i64(data: bytes) -> array[int]:
+    return array("q", data)
+
+
+def unpack_f32(data: bytes) -> array[float]:
+    return array("f", data)
+
+
+# ---- front -> scheduler -------------------------------------------------------------------------------------------
+
+
+class GenerateReq(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One tokenized request. Sample k of `params.n` has handle `handle + k`.
+
+    `logprob_start_len` counts prompt tokens; -1: none of the prompt's logprobs. `num_top` -1: no logprobs at all.
+    `params.max_new_tokens` is always given here.
+    """
+
+    handle: int
+    input_ids: bytes  # int32
+    params: SamplingParams
+    lora_name: str | None = None
+    num_top: int = -1
+    logprob_start_len: int = -1
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """The requests of one call: admitted whole, or refused whole by one `Rejected`."""
+
+    requests: list[GenerateReq]
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Stop these sequences: the client left, or a stop string ended them. No answer; unknown handles are ignored."""
+
+    handles: bytes  # int64
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Answered by one AdapterReply."""
+
+    call: int
+    lora_name: str
+    lora_path: str
+    pinned: bool = False
+    replace: bool = False
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Answered by one AdapterReply, once the last request that uses it has ended and everything is freed."""
+
+    call: int
+    lora_name: str
+
+
+class FlushCache(msgspec.Struct, frozen=True, tag=True):
+    """Forget every cached prefix. Answered by Done; BusyError while anything runs or waits."""
+
+    call: int
+
+
+class GetState(msgspec.Struct, frozen=True, tag=True):
+    """Answered by State."""
+
+    call: int
+
+
+# ---- scheduler -> front -------------------------------------------------------------------------------------------
+
+
+class ServerInfo(msgspec.Struct, frozen=True, tag=True):
+    """The first message: the engine is ready. Sizes as they came out."""
+
+    model: ModelConfig
+    dtype: str
+    device: str
+    context_length: int  # tokens of prompt and answer together
+    max_total_tokens: int  # KV tokens the pool may hold
+    num_pages: int
+    page_bytes: int
+    num_host_pages: int
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """The one end of a sequence. `reason`: "stop" (with `matched`), "length", or "error" (with `error`)."""
+
+    handle: int
+    reason: str
+    matched: int | None = None
+    error: ErrorInfo | None = None
+
+
+class Start(msgspec.Struct, frozen=True):
+    """Sent with a sequence's first token: what it found cached, and which weights answer."""
+
+    handle: int
+    cached_tokens: int
+    lora_version: int
+
+
+class LogprobChunk(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Logprobs of consecutive tokens of one sequence; the top columns are (count, num_top), best first."""
+
+    handle: int
+    prompt: bool  # of prompt tokens, else of the generated tokens in the same message
+    token_ids: bytes  # int32
+    logprobs: bytes  # float32
+    top_ids: bytes = b""  # int32
+    top_logprobs: bytes = b""  # float32
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Everything one step means for the front: tokens[i] is the next token of handles[i].
+
+    A token that ended its sequence (eos or stop id) is included. Order of handling: starts, tokens and logprobs,
+    finishes.
+    """
+
+    handles: bytes  # int64
+    tokens: bytes  # int32
+    starts: list[Start] = []
+    finishes: list[Finish] = []
+    logprobs: list[LogprobChunk] = []
+
+
+class Rejected(msgspec.Struct, frozen=True, tag=True):
+    """None of the call's sequences was accepted; `handles` are the requests' first handles."""
+
+    handles: bytes  # int64
+    error: ErrorInfo
+
+
+class AdapterReply(msgspec.Struct, frozen=True, tag=True):
+    """`loaded` is name -> path in load order after the call; `lora_version` of the adapter just loaded."""
+
+    call: int
+    loaded: dict[str, str]
+    error: ErrorInfo | None = None
+    lora_version: int = NO_VERSION
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    call: int
+    error: ErrorInfo | None = None
+
+
+class AdapterState(msgspec.Struct, frozen=True):
+    """One registered adapter. `tier`: "disk", "host" or "resident"; bytes of one rank."""
+
+    lora_name: str
+    lora_path: str
+    version: int
+    digest: str
+    pinned: bool
+    tier: str
+    max_rank: int
+    num_pages: int
+    leases: int
+
+
+class State(msgspec.Struct, frozen=True, tag=True):
+    """The scheduler's ledger. Pages: free + cached + held = total, always."""
+
+    call: int
+    running: int
+    waiting: int
+    leases: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    pages_held: int
+    host_pages_total: int
+    host_pages_free: int
+    slots_free: int
+    slices_free: int
+    live_versions: int  # named ones and those kept by running requests
+    steps: int
+    preemptions: int
+    adapters: list[AdapterState]
+
+
+# ---- scheduler -> loader, loader -> scheduler ---------------------------------------------------------------------
+
+
+class LoadJob(msgspec.Struct, frozen=True, tag=True):
+    """Resolve, validate and lay out. `digest`: of the registered version when it is read again, else ""."""
+
+    job: int
+    lora_path: str
+    digest: str = ""
+
+
+class AdapterImage(msgspec.Struct, frozen=True, tag=True):
+    """The adapter lies in file `path` (of `shm_dir`): tp_size images of num_pages · page_bytes each, rank after rank,
+    laid out by `adapter_layout(geometry, ranks)`. The scheduler unlinks it once every worker has staged it.
+    """
+
+    job: int
+    path: str
+    digest: str
+    ranks: tuple[tuple[int, ...], ...]  # [layer][module]
+    scalings: tuple[tuple[float, ...], ...]  # [layer][module]
+    num_pages: int
+    num_slices: int
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    job: int
+    error: ErrorInfo
+
+
+class LoaderReady(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+# ---- scheduler -> worker: one ordered stream, identical bytes to every rank ---------------------------------------
+
+
+class StageAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Copy this rank's image into host pages and remember the layout. Answered by AdapterStaged. May be slow: done
+    beside the step loop.
+    """
+
+    version: int
+    path: str
+    ranks: tuple[tuple[int, ...], ...]
+    scalings: tuple[tuple[float, ...], ...]
+    host_pages: bytes  # int32
+
+
+class CopyAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Copy a staged version from host pages into `pages`, fill rows `slices` of the slice table. Answered by
+    AdapterCopied once the copy is complete. The scheduler sends it only when no step in flight touches `pages`.
+    """
+
+    version: int
+    pages: bytes  # int32
+    slices: bytes  # int32
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forget the host copy of a version. Its resident pages, if any, stay valid until the scheduler reuses them."""
+
+    version: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+# ---- worker -> scheduler ------------------------------------------------------------------------------------------
+
+
+class WorkerReady(msgspec.Struct, frozen=True, tag=True):
+    """Weights are loaded and the pools allocated. The scheduler uses the smallest numbers of all ranks."""
+
+    tp_rank: int
+    num_pages: int
+    num_host_pages: int
+    num_slices: int  # rows of the slice table
+    device: str
+    dtype: str
+
+
+class AdapterStaged(msgspec.Struct, frozen=True, tag=True):
+    tp_rank: int
+    version: int
+    error: ErrorInfo | None = None
+
+
+class AdapterCopied(msgspec.Struct, frozen=True, tag=True):
+    tp_rank: int
+    version: int
+    error: ErrorInfo | None = None
+
+
+class WorkerFailed(msgspec.Struct, frozen=True, tag=True):
+    """The worker cannot go on; it exits after this."""
+
+    tp_rank: int
+    error: ErrorInfo
+
+
+# ---- supervisor -> front, scheduler; and what each child tells the supervisor -------------------------------------
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    """A process died: answer everything that waits with this error, then exit."""
+
+    error: ErrorInfo
+
+
+class ChildReady(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class ChildFailed(msgspec.Struct, frozen=True, tag=True):
+    """Why a child is about to exit, in one line for the user."""
+
+    error: ErrorInfo
+
+
+FrontToScheduler = Submit | Abort | LoadAdapter | UnloadAdapter | FlushCache | GetState
+SchedulerToFront = ServerInfo | StepOutput | Rejected | AdapterReply | Done | State
+SchedulerToLoader = LoadJob | Shutdown
+LoaderToScheduler = LoaderReady | AdapterImage | LoadFailed
+SchedulerToWorker = ForwardBatch | StageAdapter | CopyAdapter | DropAdapter | Shutdown
+WorkerToScheduler = WorkerReady | ForwardOutput | AdapterStaged | AdapterCopied | WorkerFailed
+SupervisorToChild = Shutdown | EngineFailed
+ChildToSupervisor = ChildReady | ChildFailed

@@ -1,0 +1,106 @@
+"""The sampling parameters of the seeds' `/generate`, validated with their messages."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from manylora.runtime.errors import BadRequestError
+
+GREEDY_TEMPERATURE = 1e-6  # below this a request is greedy, as in the seeds
+DEFAULT_MAX_NEW_TOKENS = 128
+MAX_STOP_STRINGS = 32
+MAX_STOP_TOKEN_IDS = 64  # eos ids of the model included
+MAX_N = 128
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One request's parameters as the client wrote them.
+
+    `max_new_tokens` None means "not given": 128, or what the context leaves if that is less.
+    `seed` None means "not given": the scheduler draws one. Unknown fields are refused, not ignored.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    n: int = 1
+    seed: int | None = None
+    sampling_seed: int | None = None  # the seeds' newer name for `seed`
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise BadRequestError naming the first field that is out of range."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            _refuse(
+                "temperature", f"temperature must be a non-negative finite number, got {self.temperature}."
+            )
+        if not 0 < self.top_p <= 1:
+            _refuse("top_p", f"top_p must be in (0, 1], got {self.top_p}.")
+        if not 0 <= self.min_p <= 1:
+            _refuse("min_p", f"min_p must be in [0, 1], got {self.min_p}.")
+        if self.top_k == 0 or not -1 <= self.top_k < 2**31:
+            _refuse("top_k", f"top_k must be -1 (disable) or at least 1, got {self.top_k}.")
+        if not -2 <= self.frequency_penalty <= 2:
+            _refuse(
+                "frequency_penalty", f"frequency_penalty must be in [-2, 2], got {self.frequency_penalty}."
+            )
+        if not -2 <= self.presence_penalty <= 2:
+            _refuse("presence_penalty", f"presence_penalty must be in [-2, 2], got {self.presence_penalty}.")
+        if not 0 < self.repetition_penalty <= 2:
+            _refuse(
+                "repetition_penalty", f"repetition_penalty must be in (0, 2], got {self.repetition_penalty}."
+            )
+        self._validate_counts(vocab_size)
+
+    def _validate_counts(self, vocab_size: int) -> None:
+        limit = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+        if not 0 <= limit < 2**31:
+            _refuse("max_new_tokens", f"max_new_tokens must be at least 0, got {limit}.")
+        if not 0 <= self.min_new_tokens <= limit:
+            _refuse(
+                "min_new_tokens",
+                f"min_new_tokens must be in [0, max_new_tokens({limit})], got {self.min_new_tokens}.",
+            )
+        if not 1 <= self.n <= MAX_N:
+            _refuse("n", f"n must be in [1, {MAX_N}], got {self.n}.")
+        if len(self.stop_strings) > MAX_STOP_STRINGS or not all(self.stop_strings):
+            _refuse("stop", f"stop takes at most {MAX_STOP_STRINGS} strings, none of them empty.")
+        for token in self.stop_token_ids or ():
+            if not 0 <= token < vocab_size:
+                _refuse(
+                    "stop_token_ids", f"stop_token_ids holds {token}, the vocabulary has {vocab_size} tokens."
+                )
+        for name, seed in (("seed", self.seed), ("sampling_seed", self.sampling_seed)):
+            if seed is not None and not 0 <= seed < 2**63:
+                _refuse(name, f"{name} must be in [0, 2^63), got {seed}.")
+
+
+def _refuse(param: str, message: str) -> None:
+    raise BadRequestError(message, param=f"sampling_params.{param}")

@@ -1,0 +1,29 @@
+"""The device tensors of one step, as the model sees them. Rows and tokens are ordered as in `runtime/plan.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from manylora.lora.lora_batch import LoRABatch
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """T tokens in R rows; the first `num_prefill_rows` rows hold the first `num_prefill_tokens` tokens, every later row
+    exactly one token.
+
+    `host_rows` is the plan's `rows` section on the host, for reference ops that loop over prefill rows.
+    """
+
+    num_prefill_rows: int
+    num_prefill_tokens: int
+    max_kv_len: int
+    token_ids: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (T,) int64
+    kv_slots: torch.Tensor  # (T,) int64: page · page_size + offset in page, where the token's K and V are written
+    page_table: torch.Tensor  # (R, pages) int64: the row's pages in order; entries past its length are arbitrary but valid
+    kv_lens: torch.Tensor  # (R,) int64: tokens the row attends to at its end (start + num_new)
+    host_rows: torch.Tensor  # (R, 4) int32 on the CPU: slot, start, num_new, token_offset
+    lora: LoRABatch | None
