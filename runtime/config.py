@@ -89,3 +89,5 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     run_dir: str = ""  # 0700, sockets; made by the supervisor
     shm_dir: str = ""  # 0700 below /dev/shm, adapter images; made by the supervisor
+    supervisor_pid: int = 0  # children end with it; 0: whoever started them
+    epoch: int = 0  # how often the process that reads this was started before
