@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -141,11 +141,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelUnsupportedError(f"{path} cannot be read: {error}", param="model_path") from error
     if not isinstance(value, dict):
         raise ModelUnsupportedError(f"{path} is not a JSON object", param="model_path")
-    return value
+    return cast(dict[str, Any], value)
 
 
 def _family(config: dict[str, Any]) -> str:
-    architectures = config.get("architectures") or []
+    architectures: list[str] = config.get("architectures") or []
     for name in architectures:
         if name in SUPPORTED_ARCHITECTURES:
             return SUPPORTED_ARCHITECTURES[name]
@@ -172,7 +172,7 @@ def _refuse_unimplemented(config: dict[str, Any]) -> None:
 
 def _rope(config: dict[str, Any]) -> RopeConfig:
     # transformers 5 writes one `rope_parameters`; earlier releases `rope_theta` and `rope_scaling`.
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    scaling: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ("default", "linear", "llama3"):
@@ -207,7 +207,6 @@ def _dtype(config: dict[str, Any]) -> str:
 def _eos(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
     found: list[int] = []
     for value in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and int(token) not in found:
-                found.append(int(token))
+        tokens = cast(list[int | None], value if isinstance(value, list) else [value])
+        found += [token for token in tokens if token is not None and token not in found]
     return tuple(found)

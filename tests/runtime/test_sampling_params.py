@@ -1,0 +1,69 @@
+"""Sampling parameters: every bound has a message that names the field."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from manylora.runtime.errors import BadRequestError
+from manylora.runtime.sampling_params import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", float("nan")),
+        ("top_k", 0),
+        ("top_k", -2),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", -1),
+        ("max_new_tokens", 2**40),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 129),
+        ("n", 0),
+        ("n", 10**6),
+        ("stop", ["ok", ""]),
+        ("stop", ["x"] * 33),
+        ("stop_token_ids", [100]),
+        ("stop_token_ids", [-1]),
+        ("seed", -1),
+        ("sampling_seed", 2**63),
+    ],
+)
+def test_out_of_range_is_refused_with_the_fields_name(field: str, value: Any) -> None:
+    with pytest.raises(BadRequestError, match=field) as caught:
+        SamplingParams(**{field: value}).validate(vocab_size=100)
+    assert caught.value.param == f"sampling_params.{field}"
+
+
+def test_the_defaults_and_the_edges_are_valid() -> None:
+    SamplingParams().validate(100)
+    edges: dict[str, Any] = {
+        "temperature": 0,
+        "top_p": 1,
+        "top_k": -1,
+        "min_p": 1,
+        "max_new_tokens": 0,
+        "n": 128,
+    }
+    SamplingParams(**edges, stop="x", stop_token_ids=[99], seed=2**63 - 1).validate(100)
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(msgspec.ValidationError, match="best_of"):
+        msgspec.json.decode(b'{"best_of": 3}', type=SamplingParams)
+
+
+def test_stop_strings_is_a_tuple_either_way() -> None:
+    assert SamplingParams().stop_strings == ()
+    assert SamplingParams(stop="a").stop_strings == ("a",)
+    assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
