@@ -219,11 +219,15 @@ class State(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadJob(msgspec.Struct, frozen=True, tag=True):
-    """Resolve, validate and lay out. `digest`: of the registered version when it is read again, else ""."""
+    """Resolve, validate and lay out. `digest`: of the registered version when it is read again, else "".
+
+    `lora_name` only words the errors; without it they say the path.
+    """
 
     job: int
     lora_path: str
     digest: str = ""
+    lora_name: str = ""
 
 
 class AdapterImage(msgspec.Struct, frozen=True, tag=True):

@@ -19,7 +19,7 @@ SUPPORTED_ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-_DTYPES = {"float32", "float16", "bfloat16"}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Config keys that change the arithmetic; any value but these means something we do not compute.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
@@ -132,6 +132,16 @@ def parse_model_config(config: dict[str, Any], generation: dict[str, Any] | None
     )
 
 
+def effective_dtype(requested: str, stored: str, device: str) -> str:
+    """What `--dtype` means on `device` ("cuda" or "cpu") for a checkpoint stored as `stored`.
+
+    "auto" is the checkpoint's dtype on CUDA and float32 on a CPU, which is slower in half precision.
+    """
+    if requested != "auto":
+        return requested
+    return stored if device == "cuda" else "float32"
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
@@ -197,9 +207,9 @@ def _rope(config: dict[str, Any]) -> RopeConfig:
 
 def _dtype(config: dict[str, Any]) -> str:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if dtype not in _DTYPES:
+    if dtype not in DTYPE_BYTES:
         raise ModelUnsupportedError(
-            f"the model's config has dtype={dtype!r}; supported are {sorted(_DTYPES)}"
+            f"the model's config has dtype={dtype!r}; supported are {sorted(DTYPE_BYTES)}"
         )
     return dtype
 
