@@ -1,6 +1,6 @@
 """One ZeroMQ pipe per pair of processes: typed, ordered, checked, never blocking.
 
-A `Pipe` is one end of a PAIR over `ipc://`. Each frame is an 16-byte header (epoch, sequence) and one msgpack message of
+A `Pipe` is one end of a PAIR over `ipc://`. Each frame is a 16-byte header (epoch, sequence) and one msgpack message of
 the declared union. A gap, a foreign epoch or an undecodable frame raises `ProtocolError`; a full pipe raises too: the
 peer is gone or stuck, and waiting would hide it (DESIGN.md section 2).
 """
@@ -65,9 +65,17 @@ class Pipe(Generic[Out, In]):
 
     def send(self, message: Out) -> None:
         """Queue one message. Raises ProtocolError if the pipe is full."""
+        self.send_encoded(self.encode(message))
+
+    def encode(self, message: Out) -> bytes:
+        """One message as `send_encoded` takes it: encode once what goes to every worker."""
+        return self._encoder.encode(message)
+
+    def send_encoded(self, body: bytes) -> None:
+        """`send` of an already encoded message."""
         header = _HEADER.pack(self._epoch, self._sent)
         try:
-            self.socket.send(header + self._encoder.encode(message), flags=zmq.NOBLOCK)
+            self.socket.send(header + body, flags=zmq.NOBLOCK)
         except zmq.Again as error:
             raise ProtocolError(f"pipe {self.address} is full after {self._sent} messages") from error
         self._sent += 1

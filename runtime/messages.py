@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import ErrorInfo
 from manylora.runtime.model_config import ModelConfig
 from manylora.runtime.plan import ForwardBatch, ForwardOutput
@@ -115,6 +116,8 @@ class ServerInfo(msgspec.Struct, frozen=True, tag=True):
     num_pages: int
     page_bytes: int
     num_host_pages: int
+    model_dir: str = ""  # what --model-path was resolved to
+    tokenizer_dir: str = ""  # what --tokenizer-path was resolved to; model_dir if it was not given
 
 
 class Finish(msgspec.Struct, frozen=True):
@@ -340,11 +343,23 @@ class ChildFailed(msgspec.Struct, frozen=True, tag=True):
     error: ErrorInfo
 
 
+class LoaderRestarted(msgspec.Struct, frozen=True, tag=True):
+    """To the scheduler: the loader died and is started again; its pipe is now the one of this epoch."""
+
+    epoch: int
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """From the preparing child: the config with every path, `auto` and -1 resolved on this machine."""
+
+    config: ServerConfig
+
+
 FrontToScheduler = Submit | Abort | LoadAdapter | UnloadAdapter | FlushCache | GetState
 SchedulerToFront = ServerInfo | StepOutput | Rejected | AdapterReply | Done | State
 SchedulerToLoader = LoadJob | Shutdown
 LoaderToScheduler = LoaderReady | AdapterImage | LoadFailed
 SchedulerToWorker = ForwardBatch | StageAdapter | CopyAdapter | DropAdapter | Shutdown
 WorkerToScheduler = WorkerReady | ForwardOutput | AdapterStaged | AdapterCopied | WorkerFailed
-SupervisorToChild = Shutdown | EngineFailed
-ChildToSupervisor = ChildReady | ChildFailed
+SupervisorToChild = Shutdown | EngineFailed | LoaderRestarted
+ChildToSupervisor = ChildReady | ChildFailed | Prepared
