@@ -1,0 +1,22 @@
+"""Root-mean-square normalisation, alone and fused with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension. x (…, n) of any strides, weight (n,); returns a new contiguous (…, n).
+
+    Semantics: (x / sqrt(mean(x²) + eps)) in float32, rounded to x's dtype, times weight.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`residual += x` in place, then `rms_norm(residual, weight, eps)` as a new tensor. All (…, n)."""
+    residual += x
+    return rms_norm(residual, weight, eps)

@@ -1,0 +1,92 @@
+"""Self-attention of one layer on one rank: its share of the heads, over the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from manylora.kernels.kv_store import kv_store
+from manylora.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
+from manylora.kernels.rotary import rotary_embedding
+from manylora.runtime.model_config import ModelConfig
+from manylora.tp_worker.distributed import TPGroup
+from manylora.tp_worker.layers.linear import ColumnParallelLinear, Part, RowParallelLinear, even_part
+from manylora.tp_worker.layers.norm import RMSNorm
+from manylora.tp_worker.layers.shard import Shards
+from manylora.tp_worker.step_inputs import StepInputs
+
+
+class Attention:
+    """Rank i of N has query heads [i·heads/N, (i+1)·heads/N) and the KV heads they read."""
+
+    def __init__(self, config: ModelConfig, cos_sin: Tensor, *, group: TPGroup, dtype: torch.dtype) -> None:
+        self.cos_sin = cos_sin
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_heads // group.size
+        self.num_kv_heads = config.kv_heads_per_rank(group.size)
+        self.scale = config.head_dim**-0.5
+        q_size = config.num_heads * config.head_dim
+        parts = (
+            even_part("q_proj", q_size, group),
+            _kv_part("k_proj", config, group),
+            _kv_part("v_proj", config, group),
+        )
+        self.qkv_proj = ColumnParallelLinear(
+            config.hidden_size, parts, bias=config.qkv_bias, group=group, dtype=dtype
+        )
+        self.o_proj = RowParallelLinear(
+            "o_proj", q_size, config.hidden_size, bias=config.o_bias, group=group, dtype=dtype
+        )
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=group.device)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=group.device)
+
+    def __call__(self, x: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Tensor:
+        """x (T, hidden) -> (T, hidden); kv_cache (pages, 2, kv_heads, page_size, head_dim) gains the step's K and V."""
+        qkv = self.qkv_proj(x, inputs.lora).view(len(x), -1, self.head_dim)
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rotary_embedding(q, k, self.cos_sin, inputs.positions)
+        kv_store(k, v, kv_cache, inputs.kv_slots)
+        attended = self._attend(q, inputs, kv_cache)
+        return self.o_proj(attended.view(len(x), -1), inputs.lora)
+
+    def _attend(self, q: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        rows, tokens = inputs.num_prefill_rows, inputs.num_prefill_tokens
+        if tokens:
+            paged_prefill_attention(
+                q[:tokens],
+                kv_cache,
+                inputs.page_table[:rows],
+                inputs.host_rows[:rows],
+                self.scale,
+                out[:tokens],
+            )
+        if len(q) > tokens:
+            paged_decode_attention(
+                q[tokens:],
+                kv_cache,
+                inputs.page_table[rows:],
+                inputs.kv_lens[rows:],
+                inputs.max_kv_len,
+                self.scale,
+                out[tokens:],
+            )
+        return out
+
+    def shards(self, prefix: str) -> Shards:
+        yield from self.qkv_proj.shards(prefix)
+        yield from self.o_proj.shards(prefix)
+        if self.q_norm is not None and self.k_norm is not None:
+            yield from self.q_norm.shards(f"{prefix}q_norm")
+            yield from self.k_norm.shards(f"{prefix}k_norm")
+
+
+def _kv_part(name: str, config: ModelConfig, group: TPGroup) -> Part:
+    """K or V: whole heads; with fewer heads than ranks, neighbouring ranks have the same one."""
+    first_head = group.rank * config.num_kv_heads // group.size
+    size = config.kv_heads_per_rank(group.size) * config.head_dim
+    return Part(name, config.num_kv_heads * config.head_dim, first_head * config.head_dim, size)

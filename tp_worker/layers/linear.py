@@ -1,0 +1,118 @@
+"""Matrix products split over the ranks, each with the LoRA delta of its site.
+
+Layers are plain callables without autograd: weights are made empty, filled through `shards`, and never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manylora.lora.lora_batch import LoRABatch
+from manylora.tp_worker.distributed import TPGroup
+from manylora.tp_worker.layers.shard import Shard, Shards
+
+
+class Delta(Protocol):
+    """What adapters add to a layer (`lora/delta.py` has the one we use)."""
+
+    def apply(self, x: Tensor, y: Tensor, batch: LoRABatch) -> None:
+        """y += the delta of x, in place. x (T, in_local), y (T, out_local): the base product of this rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the matrices fused in a column-parallel layer: this rank has `size` of its `full` rows, from `start`."""
+
+    name: str
+    full: int
+    start: int
+    size: int
+
+
+def even_part(name: str, full: int, group: TPGroup) -> Part:
+    """The part of a matrix whose rows are dealt out evenly."""
+    size = full // group.size
+    return Part(name, full, group.rank * size, size)
+
+
+class ColumnParallelLinear:
+    """Each rank has some output rows of every fused matrix; the input is whole, the output is this rank's.
+
+    weight (sum of part sizes, in_features), parts one after another.
+    """
+
+    def __init__(
+        self, in_features: int, parts: Sequence[Part], *, bias: bool, group: TPGroup, dtype: torch.dtype
+    ) -> None:
+        out_local = sum(part.size for part in parts)
+        self.parts = tuple(parts)
+        self.weight = torch.empty((out_local, in_features), dtype=dtype, device=group.device)
+        self.bias = torch.empty(out_local, dtype=dtype, device=group.device) if bias else None
+        self.lora: Delta | None = None
+
+    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
+        """(T, in_features) -> (T, out_local)."""
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora is not None and batch is not None:
+            self.lora.apply(x, y, batch)
+        return y
+
+    def shards(self, prefix: str) -> Shards:
+        sizes = [part.size for part in self.parts]
+        weights = self.weight.split(sizes)
+        in_features = self.weight.shape[1]
+        for part, weight in zip(self.parts, weights, strict=True):
+            yield f"{prefix}{part.name}.weight", Shard(weight, (part.full, in_features), 0, part.start)
+        if self.bias is not None:
+            for part, bias in zip(self.parts, self.bias.split(sizes), strict=True):
+                yield f"{prefix}{part.name}.bias", Shard(bias, (part.full,), 0, part.start)
+
+
+class RowParallelLinear:
+    """Each rank has some input columns; the partial products are summed over the ranks. weight (out, in_local).
+
+    The delta goes into the partial product, so the layer's own reduction completes it; the bias is added after.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: TPGroup,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name = name
+        self.group = group
+        self.weight = torch.empty((out_features, in_features // group.size), dtype=dtype, device=group.device)
+        self.bias = torch.empty(out_features, dtype=dtype, device=group.device) if bias else None
+        self.lora: Delta | None = None
+
+    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
+        """(T, in_local) -> (T, out_features), the same on every rank."""
+        y = F.linear(x, self.weight)
+        if self.lora is not None and batch is not None:
+            self.lora.apply(x, y, batch)
+        self.group.all_reduce(y)
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    def shards(self, prefix: str) -> Shards:
+        out_features, in_local = self.weight.shape
+        full_shape = (out_features, in_local * self.group.size)
+        yield (
+            f"{prefix}{self.name}.weight",
+            Shard(self.weight, full_shape, 1, self.group.rank * in_local),
+        )
+        if self.bias is not None:
+            yield f"{prefix}{self.name}.bias", Shard(self.bias, (out_features,))
