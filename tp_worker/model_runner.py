@@ -1,0 +1,161 @@
+"""Executes plans: one upload, the slots' update, one forward, sampling, one download. Nothing waits for the device.
+
+Every rank executes every plan and draws the same tokens; only rank 0 brings the results back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from manylora.lora.lora_batch import LoRABatch
+from manylora.runtime.plan import ForwardBatch, ForwardOutput, section_bounds
+from manylora.tp_worker.logprobs import Logprobs, join_logprobs, raw_logprobs, select_logprobs
+from manylora.tp_worker.memory_pool import PagePool
+from manylora.tp_worker.sampler import draw_tokens
+from manylora.tp_worker.slot_state import SlotState
+from manylora.tp_worker.step_inputs import StepInputs
+from manylora.tp_worker.transfers import Columns, Download, Upload
+
+PROMPT_LOGITS_BYTES = 1 << 28  # of fp32 logits that exist at once while prompt logprobs are computed
+
+
+class Model(Protocol):
+    """What a runner needs of a model (`tp_worker.models.decoder.Decoder` is one)."""
+
+    def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Write the step's KV; return the last hidden state (T, hidden) after the final norm."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, hidden) -> (n, vocab) float32, whole on every rank."""
+        ...
+
+
+@dataclass(slots=True)
+class PendingOutput:
+    """The result of a step that may still run on the device."""
+
+    step: int
+    columns: Columns
+
+    def ready(self) -> bool:
+        return self.columns.ready()
+
+    def output(self) -> ForwardOutput:
+        """Call once `ready`."""
+        return ForwardOutput(self.step, **self.columns.to_bytes())
+
+
+class ModelRunner:
+    """One rank's executor. `vocab_size` bounds the chunks of prompt logits."""
+
+    def __init__(
+        self, model: Model, pool: PagePool, state: SlotState, *, vocab_size: int, tp_rank: int
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._kv_cache = pool.kv_view()
+        self._state = state
+        self._page_size = pool.geometry.page_size
+        self._prompt_chunk = max(1, PROMPT_LOGITS_BYTES // (4 * vocab_size))
+        self._answers = tp_rank == 0
+        device = pool.elements.device
+        self._upload = Upload(device)
+        self._download = Download(device)
+
+    @torch.inference_mode()
+    def execute(self, plan: ForwardBatch) -> PendingOutput | None:
+        """Launch one step. Returns its coming result on rank 0, None on the others."""
+        host, device = self._upload(plan.payload)
+        bounds = section_bounds(plan.counts)
+        sections = {name: _view(device, *bound) for name, bound in bounds.items()}
+        self._state.apply(sections)
+        if plan.count("copies"):
+            self._pool.copy_pages(sections["copies"])
+        lora = None
+        if plan.max_slices:
+            segments, slices = _view(host, *bounds["segments"]), _view(host, *bounds["slices"])
+            lora = LoRABatch(segments, slices.squeeze(1), plan.max_slices)
+        inputs = self._step_inputs(plan, sections, _view(host, *bounds["rows"]), lora)
+        hidden = self._model.forward(inputs, self._kv_cache)
+        columns: dict[str, torch.Tensor] = {}
+        if plan.count("samples"):
+            columns |= self._sample(plan, sections, hidden)
+        if plan.count("prompt_lps"):
+            columns |= self._prompt_logprobs(plan, sections["prompt_lps"], hidden)
+        if not self._answers:
+            return None
+        columns.setdefault("tokens", device.new_empty(0, dtype=torch.int32))
+        return PendingOutput(plan.step, self._download(columns))
+
+    def _step_inputs(
+        self,
+        plan: ForwardBatch,
+        sections: dict[str, torch.Tensor],
+        host_rows: torch.Tensor,
+        lora: LoRABatch | None,
+    ) -> StepInputs:
+        slots, starts, num_new, offsets = sections["rows"].unbind(1)
+        row_ids = torch.arange(plan.num_rows, device=slots.device)
+        row = torch.repeat_interleave(row_ids, num_new, output_size=plan.num_tokens)
+        positions = torch.arange(plan.num_tokens, device=slots.device) + (starts - offsets)[row]
+        num_pages = -(-plan.max_kv_len // self._page_size)
+        page_table = self._state.page_table[slots, :num_pages]
+        pages = page_table[row, positions // self._page_size]
+        given = sections["tokens"].squeeze(1)
+        return StepInputs(
+            num_prefill_rows=plan.num_prefill_rows,
+            num_prefill_tokens=plan.num_prefill_tokens,
+            max_kv_len=plan.max_kv_len,
+            token_ids=torch.where(given >= 0, given, self._state.last_tokens(slots)[row]),
+            positions=positions,
+            kv_slots=pages * self._page_size + positions % self._page_size,
+            page_table=page_table,
+            kv_lens=starts + num_new,
+            host_rows=host_rows,
+            lora=lora,
+        )
+
+    def _sample(
+        self, plan: ForwardBatch, sections: dict[str, torch.Tensor], hidden: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        row, positions = sections["samples"].unbind(1)
+        slots, _, num_new, offsets = sections["rows"][row].unbind(1)
+        logits = self._model.logits(hidden[offsets + num_new - 1])
+        wanted = self._answers and plan.num_top >= 0
+        logprobs = raw_logprobs(logits) if wanted else None  # before sampling overwrites the logits
+        tokens, finite = draw_tokens(plan, logits, self._state, slots, positions)
+        columns = {"tokens": torch.where(finite, tokens, -1).int()}
+        if logprobs is not None:
+            selected = select_logprobs(logprobs, tokens, plan.num_top)
+            columns |= {
+                "logprobs": selected.chosen,
+                "top_ids": selected.top_ids,
+                "top_logprobs": selected.top,
+            }
+        return columns
+
+    def _prompt_logprobs(
+        self, plan: ForwardBatch, entries: torch.Tensor, hidden: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        parts: list[Logprobs] = []
+        for chunk in entries.split(self._prompt_chunk):
+            index, token, _ = chunk.unbind(1)
+            logits = self._model.logits(hidden[index])  # on every rank: it gathers
+            if self._answers:
+                parts.append(select_logprobs(raw_logprobs(logits), token, plan.num_prompt_top))
+        if not parts:
+            return {}
+        whole = join_logprobs(parts)
+        return {
+            "prompt_logprobs": whole.chosen,
+            "prompt_top_ids": whole.top_ids,
+            "prompt_top_logprobs": whole.top,
+        }
+
+
+def _view(packed: torch.Tensor, start: int, count: int, width: int) -> torch.Tensor:
+    return packed[start : start + count * width].view(count, width)

@@ -1,0 +1,54 @@
+"""From a step's logits to its tokens: which of the sampling ops this plan needs, with each row's own parameters."""
+
+from __future__ import annotations
+
+import torch
+
+from manylora.kernels.sampling import (
+    apply_penalties,
+    forbid_tokens,
+    rows_finite,
+    sample,
+    sample_greedy,
+    uniform,
+)
+from manylora.runtime.plan import ForwardBatch
+from manylora.tp_worker.slot_state import SamplingColumns, SlotState
+
+
+def draw_tokens(
+    plan: ForwardBatch,
+    logits: torch.Tensor,
+    state: SlotState,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the plan's samples and record them in their slots.
+
+    logits: (n, vocab) float32, overwritten. slots, positions: (n,) int64; a position is that of the token drawn.
+    Returns tokens (n,) int64, all valid ids, and finite (n,) bool, false where the logits allow no honest draw.
+    """
+    finite = rows_finite(logits)
+    if plan.penalties or plan.min_new or not plan.greedy:
+        columns = state.sampling(slots)
+        if plan.penalties:
+            apply_penalties(
+                logits,
+                state.counts[slots],
+                state.in_prompt[slots].bool(),
+                columns.frequency,
+                columns.presence,
+                columns.repetition,
+            )
+        if plan.min_new:
+            forbid_tokens(logits, state.stop_ids[slots], positions - columns.prompt_len < columns.min_new)
+        tokens = sample_greedy(logits) if plan.greedy else _sample(logits, columns, positions)
+    else:
+        tokens = sample_greedy(logits)
+    state.record(slots, tokens, count=plan.penalties)
+    return tokens, finite
+
+
+def _sample(logits: torch.Tensor, columns: SamplingColumns, positions: torch.Tensor) -> torch.Tensor:
+    uniforms = uniform(columns.seed_low, columns.seed_high, columns.sample_index, positions)
+    return sample(logits, columns.temperature, columns.top_k, columns.top_p, columns.min_p, uniforms)
