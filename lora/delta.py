@@ -6,7 +6,7 @@ Whether a collective runs depends only on the plan and the flags, never on what 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -76,7 +76,7 @@ class LoRADelta:
 class LoRASite(Protocol):
     """A linear layer that adds `lora.apply(x, y, batch)` to its product."""
 
-    lora: LoRADelta | None
+    lora: Any  # None or a LoRADelta; the layer has its own Protocol of it
 
 
 class HasLoRASites(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -17,16 +16,8 @@ class HostArena:
 
     def read(self, path: str, offset: int, host_pages: Sequence[int]) -> None:
         """Copy consecutive pages of file `path`, from byte `offset` on, into `host_pages`. Raises OSError."""
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             file.seek(offset)
             for page in host_pages:
-                _read_whole(file.fileno(), memoryview(self._rows[page]), path)
-
-
-def _read_whole(descriptor: int, target: memoryview, path: str) -> None:
-    done = 0
-    while done < len(target):  # one read moves at most 2 GiB
-        count = os.readv(descriptor, [target[done:]])
-        if count == 0:
-            raise OSError(f"{path} ends before its last page")
-        done += count
+                if file.readinto(self._rows[page]) < self._rows.shape[1]:
+                    raise OSError(f"{path} ends before its last page")
