@@ -1,0 +1,286 @@
+"""The supervisor: starts every process of a server, watches them, ends them all.
+
+One event loop over the children's pipes and exits; no state but what is below. The order of a start:
+
+    front (answers 503) → prepare (finds the model) → scheduler, loader, workers → scheduler ready → front ready
+
+Only the loader may die without ending the server: it is started again under the next epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+from manylora.runtime.child_process import ChildProcess
+from manylora.runtime.config import ServerConfig
+from manylora.runtime.errors import ErrorInfo, ManyloraError
+from manylora.runtime.messages import (
+    ChildFailed,
+    ChildReady,
+    ChildToSupervisor,
+    EngineFailed,
+    LoaderRestarted,
+    Prepared,
+    Shutdown,
+)
+from manylora.runtime.scratch import make_run_dir, make_shm_dir
+
+logger = logging.getLogger("manylora.supervisor")
+
+MODULES = {
+    "front": "manylora.runtime.front",
+    "prepare": "manylora.runtime.prepare",
+    "scheduler": "manylora.scheduler.process",
+    "loader": "manylora.lora.loader",
+    "worker": "manylora.tp_worker.worker",
+}
+GRACE_S = 5.0  # for a child that was told to end
+MAX_LOADER_RESTARTS = 5  # more than these within a minute end the server
+
+
+class Supervisor:
+    """Runs one server from start to end in the thread that calls `run`.
+
+    listener: the bound HTTP socket, handed to the front; None if the caller plays the front (`Engine`).
+    on_prepared: called with the final config once the scheduler and the workers are started.
+    on_failure: called with the error that ends the server, before anything is stopped.
+    wake_fd: what is written here wakes the event loop, as `signal.set_wakeup_fd` wants it.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        listener: socket.socket | None = None,
+        *,
+        on_prepared: Callable[[ServerConfig], None] = lambda _: None,
+        on_failure: Callable[[ErrorInfo], None] = lambda _: None,
+    ) -> None:
+        self._listener = listener
+        self._on_prepared = on_prepared
+        self._on_failure = on_failure
+        self._started = time.monotonic()
+        self._zmq: zmq.Context[Any] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._children: dict[str, ChildProcess] = {}
+        self._ready: set[str] = set()
+        self._loader_deaths: list[float] = []
+        self._stopping = False
+        self._killing = False
+        self._wake, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._config = config
+
+    def __del__(self) -> None:
+        os.close(self._wake)  # not earlier: `stop` may come when all is over
+        os.close(self.wake_fd)
+
+    def stop(self) -> None:
+        """Ask for an orderly end. May be called from any thread or signal handler; `run` returns when it is done."""
+        self._stopping = True
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            os.write(self.wake_fd, b"\0")
+
+    def kill(self) -> None:
+        """As `stop`, but waits for nothing."""
+        self._killing = True
+        self.stop()
+
+    def run(self) -> ErrorInfo | None:
+        """Start, watch and end everything. Returns the error that ended the server, or None after `stop`.
+
+        When it returns, no process, socket or file of the server is left.
+        """
+        failure: ErrorInfo | None = None
+        run_dir, shm_dir = make_run_dir(), make_shm_dir()
+        try:
+            self._config = msgspec.structs.replace(
+                self._config,
+                run_dir=str(run_dir.path),
+                shm_dir=str(shm_dir.path),
+                supervisor_pid=os.getpid(),
+            )
+            failure = self._run()
+        finally:
+            for child in self._children.values():
+                child.reap()
+                child.close()
+            self._zmq.term()
+            run_dir.remove()
+            shm_dir.remove()
+        return failure
+
+    # ---- while it runs --------------------------------------------------------------------------------------------
+
+    def _run(self) -> ErrorInfo | None:
+        failure = None
+        if self._listener is not None:
+            self._start("front", str(self._listener.fileno()), pass_fds=[self._listener.fileno()])
+            self._listener.close()  # the front's alone now: when it dies, clients are told so
+        self._start("prepare")
+        while failure is None and not self._stopping:
+            self._sleep(self._poller)
+            try:
+                self._handle_messages()
+                failure = self._handle_exits()
+            except ManyloraError as error:
+                failure = error.info()
+        if failure is None:
+            self._end_orderly()
+        else:
+            self._on_failure(failure)
+            self._end_after(failure)
+        return failure
+
+    def _sleep(self, poller: zmq.Poller, seconds: float | None = None) -> None:
+        """Until something happens; `stop` and signals wake it."""
+        poller.poll(None if seconds is None else int(seconds * 1000) + 1)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, 4096)
+
+    def _handle_messages(self) -> None:
+        for child in list(self._children.values()):
+            for message in child.pipe.drain():
+                self._handle(child, message)
+
+    def _handle(self, child: ChildProcess, message: ChildToSupervisor) -> None:
+        match message:
+            case ChildFailed():
+                child.error = message.error
+            case ChildReady():
+                self._ready.add(child.role)
+                if child.role == "front":
+                    self._log_ready()
+            case Prepared():
+                self._config = message.config
+                self._start_engine()
+                self._on_prepared(self._config)
+
+    def _handle_exits(self) -> ErrorInfo | None:
+        """Reap what has ended. The error if the server cannot go on without it."""
+        dead = [child for child in self._children.values() if child.exited]
+        for child in dead:
+            self._forget(child)
+        for child in list(dead):
+            if child.role == "prepare" and child.error is None and child.exit_code == 0:
+                dead.remove(child)
+            if child.role == "loader" and "scheduler" in self._ready and self._restart_loader(child):
+                dead.remove(child)
+        # A process that was shot is the cause, one that complains of a lost peer the consequence.
+        dead.sort(key=lambda child: child.exit_code >= 0)
+        return dead[0].exit_error() if dead else None
+
+    # ---- starting -------------------------------------------------------------------------------------------------
+
+    def _start(self, role: str, *args: str, num_threads: int = 1, pass_fds: list[int] | None = None) -> None:
+        module = MODULES[role.rstrip("0123456789")]
+        child = ChildProcess(
+            self._zmq,
+            self._config,
+            role,
+            module,
+            args=args,
+            num_threads=num_threads,
+            pass_fds=pass_fds or [],
+        )
+        self._children[role] = child
+        self._poller.register(child.pipe.socket, zmq.POLLIN)
+        self._poller.register(child.pidfd, zmq.POLLIN)
+
+    def _start_engine(self) -> None:
+        tp_size = self._config.parallel.tp_size
+        self._start("scheduler")
+        self._start("loader")
+        for rank in range(tp_size):
+            num_threads = max(1, (os.cpu_count() or 1) // tp_size)
+            self._start(f"worker{rank}", str(rank), num_threads=num_threads)
+
+    def _restart_loader(self, dead: ChildProcess) -> bool:
+        """Start the next loader; False if they die too often."""
+        now = time.monotonic()
+        self._loader_deaths = [death for death in self._loader_deaths if now - death < 60] + [now]
+        if len(self._loader_deaths) > MAX_LOADER_RESTARTS:
+            return False
+        epoch = dead.epoch + 1
+        logger.warning("%s; it is started again", dead.exit_error().message)
+        self._children["scheduler"].pipe.send(LoaderRestarted(epoch))
+        config = self._config
+        self._config = msgspec.structs.replace(config, epoch=epoch)
+        self._start("loader")
+        self._config = config
+        return True
+
+    def _log_ready(self) -> None:
+        config, seconds = self._config, time.monotonic() - self._started
+        logger.info(
+            "ready at http://%s:%d after %.1f s: %s, tp %d on %s in %s, %d adapters",
+            config.http.host,
+            config.http.port,
+            seconds,
+            config.model.model_path,
+            config.parallel.tp_size,
+            config.model.device,
+            config.model.dtype,
+            len(config.lora.lora_paths),
+        )
+
+    # ---- ending ---------------------------------------------------------------------------------------------------
+
+    def _end_orderly(self) -> None:
+        """The front answers what waits, then the engine ends, then what is left is killed (by `run`)."""
+        logger.info("shutting down")
+        serving = "scheduler" in self._ready
+        self._tell("front", Shutdown())
+        if not serving:  # nothing runs that could need an orderly end; a worker that loads would not listen
+            self._kill_all_but("front")
+        self._await_exits({"front"})
+        if serving:
+            self._tell("scheduler", Shutdown())
+            self._await_exits(set(self._children))
+
+    def _end_after(self, failure: ErrorInfo) -> None:
+        """Workers that wait for a dead peer in a collective never listen: kill all; the front answers honestly."""
+        logger.error("the server ends: %s", failure.message)
+        self._kill_all_but("front")
+        self._tell("front", EngineFailed(failure))
+        self._await_exits({"front"})
+
+    def _tell(self, role: str, message: Shutdown | EngineFailed) -> None:
+        if role in self._children:
+            self._children[role].pipe.send(message)
+
+    def _kill_all_but(self, role: str) -> None:
+        for child in self._children.values():
+            if child.role != role:
+                child.kill()
+
+    def _await_exits(self, roles: set[str]) -> None:
+        """Wait until these children have ended, for at most the grace period and not after `kill`."""
+        deadline = time.monotonic() + GRACE_S
+        poller = zmq.Poller()
+        poller.register(self._wake, zmq.POLLIN)
+        waiting = [self._children[role] for role in roles if role in self._children]
+        for child in waiting:
+            poller.register(child.pidfd, zmq.POLLIN)
+        while waiting and not self._killing and (left := deadline - time.monotonic()) > 0:
+            self._sleep(poller, left)
+            for child in [child for child in waiting if child.exited]:
+                poller.unregister(child.pidfd)
+                waiting.remove(child)
+
+    def _forget(self, child: ChildProcess) -> None:
+        child.reap()
+        for message in child.pipe.drain():
+            self._handle(child, message)
+        self._poller.unregister(child.pipe.socket)
+        self._poller.unregister(child.pidfd)
+        child.close()
+        del self._children[child.role]
