@@ -1,0 +1,117 @@
+"""Drives a decoder step by step as a worker does, with pages dealt out at random from a cache full of NaN."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manylora.lora.lora_batch import LoRABatch
+from manylora.tp_worker.models.decoder import Decoder, LoRALayer
+from manylora.tp_worker.step_inputs import StepInputs
+
+PAGE_SIZE = 4
+Step = list[tuple[int, int]]  # (sequence, number of its next tokens), rows of several tokens first
+
+SEQUENCE_LENGTHS = (20, 9, 33)
+SCHEDULES: dict[str, list[Step]] = {
+    "whole": [[(0, 20), (1, 9), (2, 33)]],
+    "chunked": [
+        *([(0, n)] for n in (7, 6, 4, 1, 1, 1)),
+        *([(1, n)] for n in (4, 5)),
+        *([(2, n)] for n in (16, 16, 1)),
+    ],
+    "mixed": [[(0, 17)], [(1, 8), (0, 1)], [(2, 15), (0, 1), (1, 1)], [(2, 17), (0, 1)], [(2, 1)]],
+}
+
+
+def sequences(vocab_size: int) -> list[list[int]]:
+    """The token ids every schedule runs."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in SEQUENCE_LENGTHS]
+
+
+def run_schedule(decoder: Decoder, schedule: list[Step], lora: LoRABatch | None = None) -> Tensor:
+    """Logits of every token of `sequences`, one sequence after another: (sum of SEQUENCE_LENGTHS, vocab_size)."""
+    ids = sequences(decoder.config.vocab_size)
+    cache, page_table = _empty_cache(decoder), _page_table()
+    done = [0] * len(ids)
+    logits: list[list[Tensor]] = [[] for _ in ids]
+    for step in schedule:
+        inputs = _step_inputs(step, ids, done, page_table, lora)
+        hidden = decoder.forward(inputs, cache)
+        parts = decoder.logits(hidden).split([num_new for _, num_new in step])
+        for (sequence, num_new), part in zip(step, parts, strict=True):
+            logits[sequence].append(part)
+            done[sequence] += num_new
+    assert tuple(done) == SEQUENCE_LENGTHS
+    return torch.cat([part for of_sequence in logits for part in of_sequence])
+
+
+class SameAgain:
+    """A delta that adds the layer's own product once more, so that the layer acts as if its weight were doubled."""
+
+    def __init__(self, layer: LoRALayer) -> None:
+        self.weight = layer.weight
+
+    def apply(self, x: Tensor, y: Tensor, batch: LoRABatch) -> None:
+        y += F.linear(x, self.weight)
+
+
+def double_every_projection(decoder: Decoder) -> LoRABatch:
+    """Attach `SameAgain` everywhere; returns a batch to switch it on with."""
+    for _, _, layer in decoder.lora_sites():
+        layer.lora = SameAgain(layer)
+    nothing = torch.zeros(0, dtype=torch.int32)
+    return LoRABatch(nothing.view(0, 4), nothing, 1)
+
+
+def _num_pages() -> list[int]:
+    return [-(-length // PAGE_SIZE) for length in SEQUENCE_LENGTHS]
+
+
+def _page_table() -> Tensor:
+    """Every sequence's pages for its whole length; page 0 is nobody's and fills up the rows."""
+    free = 1 + torch.randperm(sum(_num_pages()), generator=torch.Generator().manual_seed(6))
+    table = torch.zeros(len(SEQUENCE_LENGTHS), max(_num_pages()), dtype=torch.int64)
+    for row, pages in enumerate(free.split(_num_pages())):
+        table[row, : len(pages)] = pages
+    return table
+
+
+def _empty_cache(decoder: Decoder) -> Tensor:
+    """NaN pages with a gap after each, as where adapters need larger pages than KV does."""
+    attention = decoder.layers[0].attention
+    shape = (len(decoder.layers), 2, attention.num_kv_heads, PAGE_SIZE, attention.head_dim)
+    size = torch.Size(shape).numel()
+    pool = torch.full((1 + sum(_num_pages()), size + 16), torch.nan, dtype=decoder.norm.weight.dtype)
+    return pool[:, :size].view(-1, *shape)
+
+
+def _step_inputs(
+    step: Step, ids: list[list[int]], done: list[int], page_table: Tensor, lora: LoRABatch | None
+) -> StepInputs:
+    rows, tokens, positions = [], [], []
+    for sequence, num_new in step:
+        start = done[sequence]
+        rows.append((sequence, start, num_new, len(tokens)))
+        tokens += ids[sequence][start : start + num_new]
+        positions += range(start, start + num_new)
+    host_rows = torch.tensor(rows, dtype=torch.int32)
+    slots, starts, num_new_of = host_rows[:, 0].long(), host_rows[:, 1].long(), host_rows[:, 2].long()
+    kv_lens = starts + num_new_of
+    position = torch.tensor(positions)
+    pages = page_table[slots.repeat_interleave(num_new_of), position // PAGE_SIZE]
+    prefill = [num_new for _, num_new in step if num_new > 1]
+    return StepInputs(
+        num_prefill_rows=len(prefill),
+        num_prefill_tokens=sum(prefill),
+        max_kv_len=int(kv_lens.max()),
+        token_ids=torch.tensor(tokens),
+        positions=position,
+        kv_slots=pages * PAGE_SIZE + position % PAGE_SIZE,
+        page_table=page_table[slots],
+        kv_lens=kv_lens,
+        host_rows=host_rows,
+        lora=lora,
+    )

@@ -1,0 +1,62 @@
+"""The decoder against transformers: every family, whole and chunked prompts, decode, mixed rows, one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from manylora.lora.page_layout import SITES
+from manylora.runtime.model_config import load_model_config
+from manylora.tp_worker.distributed import TPGroup
+from manylora.tp_worker.models.decoder import Decoder
+from manylora.tp_worker.weight_loader import load_model
+from tests.tiny_models import FAMILIES, TinyModels
+from tests.tp_worker.reference_logits import reference_logits
+from tests.tp_worker.steps import SCHEDULES, double_every_projection, run_schedule
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    config = load_model_config(model_dir)
+    return load_model(config, model_dir, "auto", dtype, CPU, TPGroup(0, 1, CPU), seed=0, progress=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, tiny_models: TinyModels) -> None:
+    model_dir = tiny_models.model(family)
+    decoder, expected = load(model_dir), reference_logits(model_dir)
+    for schedule in SCHEDULES.values():
+        torch.testing.assert_close(run_schedule(decoder, schedule), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama_bias_tied", "qwen3"])
+def test_deltas_are_added_at_every_site(family: str, tiny_models: TinyModels) -> None:
+    model_dir = tiny_models.model(family)
+    decoder = load(model_dir)
+    batch = double_every_projection(decoder)
+    doubled = run_schedule(decoder, SCHEDULES["mixed"], batch)
+    torch.testing.assert_close(doubled, reference_logits(model_dir, scale=2.0), rtol=0, atol=1e-4)
+    without_batch = run_schedule(decoder, SCHEDULES["mixed"])
+    torch.testing.assert_close(without_batch, reference_logits(model_dir), rtol=0, atol=1e-4)
+
+
+def test_lora_sites_are_those_of_the_page_layout(tiny_models: TinyModels) -> None:
+    decoder = load(tiny_models.model("llama"))
+    sites = [(layer, site) for layer, site, _ in decoder.lora_sites()]
+    assert sites == [(layer, site) for layer in range(2) for site in range(len(SITES))]
+    widths = [module.weight.shape[0] for _, _, module in decoder.lora_sites()][:4]
+    assert widths == [64 + 2 * 32, 64, 2 * 96, 64]
+
+
+def test_bfloat16_stays_close_and_gives_float32_logits(tiny_models: TinyModels) -> None:
+    model_dir = tiny_models.model("llama")
+    decoder = load(model_dir, torch.bfloat16)
+    logits = run_schedule(decoder, SCHEDULES["mixed"])
+    assert logits.dtype == torch.float32
+    expected = reference_logits(model_dir)
+    error = (logits - expected).norm() / expected.norm()
+    assert error < 0.05
