@@ -132,16 +132,6 @@ def parse_model_config(config: dict[str, Any], generation: dict[str, Any] | None
     )
 
 
-def effective_dtype(requested: str, stored: str, device: str) -> str:
-    """What `--dtype` means on `device` ("cuda" or "cpu") for a checkpoint stored as `stored`.
-
-    "auto" is the checkpoint's dtype on CUDA and float32 on a CPU, which is slower in half precision.
-    """
-    if requested != "auto":
-        return requested
-    return stored if device == "cuda" else "float32"
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())

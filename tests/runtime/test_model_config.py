@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from manylora.runtime.errors import ConfigError, ModelUnsupportedError
-from manylora.runtime.model_config import effective_dtype, parse_model_config
+from manylora.runtime.model_config import parse_model_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -98,16 +98,3 @@ def test_kv_heads_above_and_below_tp() -> None:
     model = parse_model_config(LLAMA)
     model.check_tp(16)
     assert [model.kv_heads_per_rank(tp) for tp in (1, 2, 8, 16)] == [8, 4, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("requested", "stored", "device", "expected"),
-    [
-        ("auto", "bfloat16", "cuda", "bfloat16"),
-        ("auto", "float32", "cuda", "float32"),
-        ("auto", "bfloat16", "cpu", "float32"),
-        ("float16", "bfloat16", "cpu", "float16"),
-    ],
-)
-def test_effective_dtype(requested: str, stored: str, device: str, expected: str) -> None:
-    assert effective_dtype(requested, stored, device) == expected
