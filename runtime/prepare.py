@@ -64,10 +64,12 @@ def resolve_model(path: str, patterns: list[str], *, flag: str) -> str:
         return str(Path(path).resolve())
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ModelNotFoundError(f"{option} {path} is not a directory", param=flag)
-    from huggingface_hub import snapshot_download  # only a hub id pays for this import
+    import huggingface_hub  # only a hub id pays for it
 
     try:
-        return snapshot_download(path, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS)
+        return huggingface_hub.snapshot_download(  # pyright: ignore[reportUnknownMemberType]
+            path, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS
+        )
     except Exception as error:  # whatever the library raises, the user is owed one line
         reason = " ".join(str(error).split())
         raise ModelNotFoundError(

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -22,7 +22,7 @@ import zmq
 
 from manylora.runtime.child_process import ChildProcess
 from manylora.runtime.config import ServerConfig
-from manylora.runtime.errors import ErrorInfo, ManyloraError
+from manylora.runtime.errors import ErrorInfo, ManyloraError, ProtocolError
 from manylora.runtime.messages import (
     ChildFailed,
     ChildReady,
@@ -77,7 +77,7 @@ class Supervisor:
         self._killing = False
         self._wake, self.wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller.register(self._wake, zmq.POLLIN)
-        self._config = config
+        self._config: ServerConfig = config
 
     def __del__(self) -> None:
         os.close(self._wake)  # not earlier: `stop` may come when all is over
@@ -180,16 +180,17 @@ class Supervisor:
 
     # ---- starting -------------------------------------------------------------------------------------------------
 
-    def _start(self, role: str, *args: str, num_threads: int = 1, pass_fds: list[int] | None = None) -> None:
-        module = MODULES[role.rstrip("0123456789")]
+    def _start(
+        self, role: str, *args: str, epoch: int = 0, num_threads: int = 1, pass_fds: Sequence[int] = ()
+    ) -> None:
         child = ChildProcess(
             self._zmq,
-            self._config,
+            msgspec.structs.replace(self._config, epoch=epoch),
             role,
-            module,
+            MODULES[role.rstrip("0123456789")],
             args=args,
             num_threads=num_threads,
-            pass_fds=pass_fds or [],
+            pass_fds=pass_fds,
         )
         self._children[role] = child
         self._poller.register(child.pipe.socket, zmq.POLLIN)
@@ -212,10 +213,7 @@ class Supervisor:
         epoch = dead.epoch + 1
         logger.warning("%s; it is started again", dead.exit_error().message)
         self._children["scheduler"].pipe.send(LoaderRestarted(epoch))
-        config = self._config
-        self._config = msgspec.structs.replace(config, epoch=epoch)
-        self._start("loader")
-        self._config = config
+        self._start("loader", epoch=epoch)
         return True
 
     def _log_ready(self) -> None:
@@ -255,7 +253,10 @@ class Supervisor:
 
     def _tell(self, role: str, message: Shutdown | EngineFailed) -> None:
         if role in self._children:
-            self._children[role].pipe.send(message)
+            try:
+                self._children[role].pipe.send(message)
+            except ProtocolError:  # it has not connected yet: nobody waits for its answer
+                self._children[role].kill()
 
     def _kill_all_but(self, role: str) -> None:
         for child in self._children.values():

@@ -1,0 +1,255 @@
+"""The scheduler's process: pipes in, `Scheduler` calls, pipes out. It decides nothing itself.
+
+    python -m manylora.scheduler.process <config.json>
+
+It binds the pipes "front", "loader" and "worker0" …; waits until every worker and the loader are ready; loads the
+adapters of --lora-paths; tells the front; then sleeps in one poll over all pipes and never blocks anywhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+from typing import Any
+
+import zmq
+
+from manylora.lora.page_layout import pool_geometry
+from manylora.runtime.child import ChildContext, run_child
+from manylora.runtime.config import LoRAPath, ServerConfig
+from manylora.runtime.errors import ConfigError, ErrorInfo, ProtocolError, RemoteError
+from manylora.runtime.ipc import Pipe, pipe_address
+from manylora.runtime.messages import (
+    AdapterReply,
+    FrontToScheduler,
+    LoadAdapter,
+    LoaderReady,
+    LoaderRestarted,
+    LoaderToScheduler,
+    SchedulerToFront,
+    SchedulerToLoader,
+    SchedulerToWorker,
+    ServerInfo,
+    Shutdown,
+    WorkerFailed,
+    WorkerReady,
+    WorkerToScheduler,
+)
+from manylora.runtime.model_config import DTYPE_BYTES, load_model_config
+from manylora.scheduler.scheduler import PoolLimits, Scheduler
+
+logger = logging.getLogger("manylora.scheduler")
+
+_START_CALL = -1  # call numbers of the front count up from 0
+
+
+class SchedulerProcess:
+    """Owns the pipes of one scheduler."""
+
+    def __init__(self, config: ServerConfig, context: ChildContext) -> None:
+        self._config = config
+        self._context = context
+        self._model = load_model_config(config.model.model_dir)
+        self._supervisor = context.supervisor
+        self._poller = zmq.Poller()
+        self._poller.register(self._supervisor.socket, zmq.POLLIN)
+        self._front: Pipe[SchedulerToFront, FrontToScheduler] = self._bind(
+            "front", SchedulerToFront, FrontToScheduler
+        )
+        self._workers: list[Pipe[SchedulerToWorker, WorkerToScheduler]] = [
+            self._bind(f"worker{rank}", SchedulerToWorker, WorkerToScheduler)
+            for rank in range(config.parallel.tp_size)
+        ]
+        self._loader: Pipe[SchedulerToLoader, LoaderToScheduler] = self._bind_loader(0)
+        self._loader_ready = False
+        self._stopping = False
+        self._start_reply: AdapterReply | None = None
+        self._checked = False
+
+    def run(self) -> None:
+        """Serve until the supervisor says Shutdown. Raises what ends the engine."""
+        ready = self._await_workers()
+        if self._stopping:
+            return
+        self._scheduler = self._make_scheduler(ready)
+        for path in self._config.lora.lora_paths:
+            self._load_at_start(path)
+        self._await_front()
+        if self._stopping:
+            return
+        self._front.send(self._server_info(ready))
+        self._context.ready()
+        gc.collect()
+        gc.freeze()
+        while not self._stopping:
+            self._turn()
+
+    def close(self) -> None:
+        """Let workers and loader end in order. What was sent before still leaves."""
+        for pipe in (*self._workers, self._loader):
+            with contextlib.suppress(ProtocolError):  # it has not come up yet
+                pipe.send(Shutdown())
+            pipe.close()
+        self._front.close()
+        self._context.zmq.term()
+
+    # ---- starting -------------------------------------------------------------------------------------------------
+
+    def _await_workers(self) -> list[WorkerReady]:
+        """What each rank has room for, once all ranks and the loader are ready."""
+        ready: dict[int, WorkerReady] = {}
+        while not self._stopping and not (len(ready) == len(self._workers) and self._loader_ready):
+            self._poller.poll()
+            self._handle_supervisor()
+            self._loader_ready = self._loader_ready or LoaderReady() in self._loader.drain()
+            for pipe in self._workers:
+                for message in pipe.drain():
+                    if isinstance(message, WorkerFailed):
+                        raise RemoteError(message.error)
+                    if isinstance(message, WorkerReady):
+                        ready[message.tp_rank] = message
+        return list(ready.values())
+
+    def _await_front(self) -> None:
+        """Until the front is connected: the end that binds cannot send before."""
+        self._poller.register(self._front.socket, zmq.POLLOUT)
+        while not self._stopping and self._front.socket not in dict(self._poller.poll()):
+            self._handle_supervisor()
+        self._poller.modify(self._front.socket, zmq.POLLIN)
+
+    def _make_scheduler(self, ready: list[WorkerReady]) -> Scheduler:
+        dtypes = {worker.dtype for worker in ready}
+        if dtypes != {self._config.model.dtype}:
+            raise ConfigError(f"the workers run in {sorted(dtypes)}, not in {self._config.model.dtype}")
+        geometry = pool_geometry(
+            self._model,
+            tp_size=self._config.parallel.tp_size,
+            sharding=self._config.lora.sharding,
+            page_size=self._config.cache.page_size,
+            itemsize=DTYPE_BYTES[self._config.model.dtype],
+        )
+        limits = PoolLimits(
+            num_pages=min(worker.num_pages for worker in ready),
+            num_host_pages=min(worker.num_host_pages for worker in ready),
+            num_slices=min(worker.num_slices for worker in ready),
+        )
+        self._page_bytes, self._limits = geometry.page_bytes, limits
+        return Scheduler(self._config, self._model, geometry, limits, seed=self._config.model.random_seed)
+
+    def _load_at_start(self, path: LoRAPath) -> None:
+        """Load one adapter of --lora-paths as the front would have it loaded. Its failure ends the launch."""
+        self._start_reply = None
+        self._scheduler.on_front(LoadAdapter(_START_CALL, path.lora_name, path.lora_path, path.pinned))
+        self._flush()
+        while self._start_reply is None and not self._stopping:
+            self._turn()
+        if self._start_reply is not None and self._start_reply.error is not None:
+            error = self._start_reply.error
+            raise RemoteError(
+                ErrorInfo(
+                    error.code, f"--lora-paths {path.lora_name}: {error.message}", error.status, "lora_paths"
+                )
+            )
+
+    def _server_info(self, ready: list[WorkerReady]) -> ServerInfo:
+        model, cache = self._config.model, self._config.cache
+        capacity = self._limits.num_pages * cache.page_size
+        return ServerInfo(
+            model=self._model,
+            dtype=model.dtype,
+            device=ready[0].device,
+            context_length=model.context_length or self._model.max_position_embeddings,
+            max_total_tokens=min(capacity, cache.max_total_tokens or capacity),
+            num_pages=self._limits.num_pages,
+            page_bytes=self._page_bytes,
+            num_host_pages=self._limits.num_host_pages,
+            model_dir=model.model_dir,
+            tokenizer_dir=model.tokenizer_path,
+        )
+
+    def _bind(self, name: str, sends: Any, receives: Any, epoch: int = 0) -> Pipe[Any, Any]:
+        address = pipe_address(self._config.run_dir, name, epoch)
+        pipe = Pipe[Any, Any](
+            self._context.zmq, address, bind=True, sends=sends, receives=receives, epoch=epoch
+        )
+        if name != "front":  # whose requests wait in the pipe until the engine is ready
+            self._poller.register(pipe.socket, zmq.POLLIN)
+        return pipe
+
+    def _bind_loader(self, epoch: int) -> Pipe[SchedulerToLoader, LoaderToScheduler]:
+        return self._bind("loader", SchedulerToLoader, LoaderToScheduler, epoch)
+
+    # ---- serving --------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Sleep until a message is here, handle all that are, plan what they allow, send what came of it."""
+        ready = dict(self._poller.poll())
+        scheduler = self._scheduler
+        if self._supervisor.socket in ready:
+            self._handle_supervisor()
+        for pipe in self._workers:
+            if pipe.socket in ready:
+                for message in pipe.drain():
+                    if isinstance(message, WorkerFailed):
+                        raise RemoteError(message.error)
+                    assert not isinstance(message, WorkerReady)
+                    scheduler.on_worker(message)
+        if self._loader.socket in ready:
+            for message in self._loader.drain():
+                if not isinstance(message, LoaderReady):
+                    scheduler.on_loader(message)
+        if self._front.socket in ready:
+            for message in self._front.drain():
+                scheduler.on_front(message)
+        scheduler.schedule()
+        self._flush()
+        if not scheduler.idle:
+            self._checked = False
+        elif not self._checked:
+            scheduler.check()
+            self._checked = True
+
+    def _flush(self) -> None:
+        """Send what the scheduler has to say: first to the workers, who have the longest way to go."""
+        scheduler = self._scheduler
+        for message in scheduler.to_workers:
+            body = self._workers[0].encode(message)
+            for pipe in self._workers:
+                pipe.send_encoded(body)
+        scheduler.to_workers.clear()
+        for message in scheduler.to_front:
+            if isinstance(message, AdapterReply) and message.call == _START_CALL:
+                self._start_reply = message
+            else:
+                self._front.send(message)
+        scheduler.to_front.clear()
+        for message in scheduler.to_loader:
+            self._loader.send(message)
+        scheduler.to_loader.clear()
+        for path in scheduler.released_images:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        scheduler.released_images.clear()
+
+    def _handle_supervisor(self) -> None:
+        for message in self._supervisor.drain():
+            if isinstance(message, Shutdown):
+                self._stopping = True
+            elif isinstance(message, LoaderRestarted):
+                self._poller.unregister(self._loader.socket)
+                self._loader.close()
+                self._loader = self._bind_loader(message.epoch)
+                self._scheduler.loader_lost()
+
+
+def main(config: ServerConfig, context: ChildContext) -> None:
+    process = SchedulerProcess(config, context)
+    process.run()
+    process.close()  # after an error the supervisor ends the others, who may not be listening
+
+
+if __name__ == "__main__":
+    run_child("scheduler", sys.argv[1:], main)
