@@ -1,0 +1,74 @@
+"""`/generate`, `/health_generate` and `/abort_request`: the routes that make or stop text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from aiohttp import web
+
+from manylora.runtime.api_types import AbortBody, GenerateBody
+from manylora.runtime.errors import ManyloraError, NotReadyError
+from manylora.runtime.http_common import STATE, encode, error_body, json_response, read_body
+from manylora.runtime.sampling_params import SamplingParams
+from manylora.tokenizer_manager.generate_call import GenerateCall
+
+WRITE_TIMEOUT_S = 30.0  # a client that reads nothing for so long is gone
+HEALTH_TIMEOUT_S = 20.0
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    """One answer for one input, a list for a list or n > 1; with `stream`, server-sent events."""
+    body = await read_body(request, GenerateBody)
+    call = body.to_call()
+    if body.stream:
+        return await _stream(request, call)
+    answers = await request.app[STATE].manager.generate(call)
+    return json_response(answers if call.answers_list else answers[0])
+
+
+async def _stream(request: web.Request, call: GenerateCall) -> web.StreamResponse:
+    """Each event has all of one answer's text so far. An error that comes after the first event ends the stream."""
+    response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
+    response.content_type, response.charset = "text/event-stream", "utf-8"
+    async with contextlib.aclosing(request.app[STATE].manager.stream(call)) as answers:
+        changed = await anext(answers)  # a refusal is still an ordinary error response
+        await response.prepare(request)
+        try:
+            while changed:
+                await _write(response, b"".join(b"data: %s\n\n" % encode(answer) for answer in changed))
+                changed = await anext(answers, None)
+            await _write(response, b"data: [DONE]\n\n")
+        except ManyloraError as error:
+            await _write(response, b"data: %s\n\n" % encode(error_body(error.info())))
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+    return response
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    async with asyncio.timeout(WRITE_TIMEOUT_S):
+        await response.write(data)
+
+
+async def health_generate(request: web.Request) -> web.Response:
+    """200 if one token of the base model comes back in time, through every process."""
+    manager = request.app[STATE].manager
+    token = manager.info.model.bos_token_id or 0
+    params = SamplingParams(max_new_tokens=1, temperature=0.0)
+    call = GenerateBody(input_ids=[token], sampling_params=params).to_call()
+    try:
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            await manager.generate(call)
+    except TimeoutError as error:
+        raise NotReadyError(f"No token came back within {HEALTH_TIMEOUT_S:.0f} s.") from error
+    return web.Response()
+
+
+async def abort_request(request: web.Request) -> web.Response:
+    """End requests by id prefix, or all; they answer with what they have."""
+    body = await read_body(request, AbortBody)
+    body.check()
+    request.app[STATE].manager.abort(body.rid, abort_all=body.abort_all)
+    return web.Response()

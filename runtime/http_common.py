@@ -1,0 +1,108 @@
+"""What every HTTP route shares: the state of the front, reading a body, and answering with JSON or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from manylora.runtime.api_types import decode_body
+from manylora.runtime.config import ServerConfig
+from manylora.runtime.errors import BadRequestError, ErrorInfo, ManyloraError, NotReadyError
+from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
+
+logger = logging.getLogger("manylora.http")
+
+MAX_BODY_BYTES = 32 * 1024 * 1024
+BODY_TIMEOUT_S = 30.0
+
+T = TypeVar("T")
+_encoder = msgspec.json.Encoder()
+
+
+@dataclass
+class HttpState:
+    """What the routes act on. `ready` turns true once, after the warm-up."""
+
+    config: ServerConfig
+    manager: TokenizerManager
+    ready: bool = False
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_name(self) -> str:
+        """The base model's name in /v1/models."""
+        return self.config.model.served_model_name or self.config.model.model_path
+
+
+STATE = web.AppKey("state", HttpState)
+
+
+async def read_body(request: web.Request, kind: type[T]) -> T:
+    """The request's JSON body as `kind`. Raises BadRequestError, HTTPRequestEntityTooLarge or HTTPRequestTimeout."""
+    if "Content-Encoding" in request.headers:
+        raise BadRequestError("a compressed body is not supported.", param="Content-Encoding")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
+    return decode_body(body, kind)
+
+
+def encode(value: Any) -> bytes:
+    """msgspec types and plain values to JSON."""
+    return _encoder.encode(value)
+
+
+def json_response(value: Any, status: int = 200) -> web.Response:
+    return web.Response(body=encode(value), status=status, content_type="application/json")
+
+
+def error_body(error: ErrorInfo) -> dict[str, Any]:
+    """The one shape of every error, in a response or in a stream."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {
+        "error": {"message": error.message, "type": kind, "code": error.code, "param": error.param},
+    }
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Whatever a route raises becomes an error body; what nobody foresaw is logged and says nothing of the inside."""
+    try:
+        _check_ready(request.app[STATE])
+        return await handler(request)
+    except ManyloraError as error:
+        return error_response(error.info())
+    except web.HTTPException as error:
+        code = error.reason.lower().replace(" ", "_")
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        message = f"{request.method} {request.path}: {error.text or error.reason}"
+        return error_response(ErrorInfo(code, message, error.status), headers)
+    except ConnectionError:
+        raise  # the client left
+    except Exception:
+        logger.exception("%s %s failed", request.method, request.path)
+        return error_response(ErrorInfo(ManyloraError.code, "Internal error; see the server's log.", 500))
+
+
+def error_response(error: ErrorInfo, headers: dict[str, str] | None = None) -> web.Response:
+    response = json_response(error_body(error), error.status)
+    response.headers.update(headers or {})
+    if error.status == 503:
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def _check_ready(state: HttpState) -> None:
+    if state.manager.failure is not None:
+        raise state.manager.failure
+    if not state.ready:
+        raise NotReadyError("The server is still starting.")

@@ -1,0 +1,62 @@
+"""The HTTP server: its routes and its limits. What the routes do is in `generate_routes.py` and `admin_routes.py`."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from manylora.runtime import admin_routes, generate_routes
+from manylora.runtime.http_common import MAX_BODY_BYTES, STATE, HttpState, answer_errors
+
+logger = logging.getLogger("manylora.access")
+
+ROUTES = (
+    ("POST", "/generate", generate_routes.generate),
+    ("PUT", "/generate", generate_routes.generate),
+    ("POST", "/abort_request", generate_routes.abort_request),
+    ("GET", "/health_generate", generate_routes.health_generate),
+    ("GET", "/health", admin_routes.health),
+    ("POST", "/load_lora_adapter", admin_routes.load_lora_adapter),
+    ("POST", "/unload_lora_adapter", admin_routes.unload_lora_adapter),
+    ("GET", "/v1/models", admin_routes.list_models),
+    ("GET", "/get_model_info", admin_routes.get_model_info),
+    ("GET", "/get_server_info", admin_routes.get_server_info),
+    ("GET", "/flush_cache", admin_routes.flush_cache),
+    ("POST", "/flush_cache", admin_routes.flush_cache),
+)
+KEEPALIVE_TIMEOUT_S = 75.0
+SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
+
+
+def make_app(state: HttpState) -> web.Application:
+    """All routes over `state`; until it is ready every one of them answers 503."""
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])
+    app[STATE] = state
+    for method, path, handler in ROUTES:
+        app.router.add_route(method, path, handler)
+    return app
+
+
+@asynccontextmanager
+async def serving(state: HttpState, listener: socket.socket) -> AsyncGenerator[None]:
+    """Serve on a bound socket inside the block. At its end answers on their way get a short while, then connections close."""
+    runner = web.AppRunner(
+        make_app(state),
+        access_log=logger,
+        access_log_format='%a - "%r" %s',
+        auto_decompress=False,
+        handle_signals=False,
+        handler_cancellation=True,  # a client that leaves cancels its route, which aborts its requests
+        keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+    )
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener).start()
+        yield
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,32 @@
+"""A running server described as one flat dictionary: `/get_server_info` and `Engine.get_server_info`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from manylora import __version__
+from manylora.runtime.config import ServerConfig
+from manylora.runtime.messages import ServerInfo, State
+
+_SECTIONS = ("model", "lora", "cache", "schedule", "parallel", "http")
+_OF_THE_RESOLVED = ("model_dir", "dtype", "device", "context_length", "max_total_tokens")
+
+
+def describe_server(config: ServerConfig, info: ServerInfo, state: State) -> dict[str, Any]:
+    """Every setting by its own name, the sizes as they came out, and the scheduler's ledger as `internal_states`."""
+    settings: dict[str, Any] = {}
+    for section in _SECTIONS:
+        settings |= msgspec.to_builtins(getattr(config, section))
+    sizes = msgspec.to_builtins(info)
+    ledger = msgspec.to_builtins(state)
+    del sizes["type"], ledger["type"], ledger["call"]
+    settings |= {name: sizes.pop(name) for name in _OF_THE_RESOLVED}
+    return {
+        **settings,
+        "log_level": config.log_level,
+        **sizes,
+        "internal_states": [ledger],
+        "version": __version__,
+    }
