@@ -68,7 +68,8 @@ class ChildProcess:
             pass_fds=pass_fds,
             process_group=0,
         )
-        self.pidfd = os.pidfd_open(self._process.pid)
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
 
     @property
     def exited(self) -> bool:
@@ -91,7 +92,7 @@ class ChildProcess:
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
 
     def reap(self) -> None:
         """End what is left of its group and wait for it."""
