@@ -32,20 +32,21 @@ def sequences(vocab_size: int) -> list[list[int]]:
 
 
 def run_schedule(decoder: Decoder, schedule: list[Step], lora: LoRABatch | None = None) -> Tensor:
-    """Logits of every token of `sequences`, one sequence after another: (sum of SEQUENCE_LENGTHS, vocab_size)."""
+    """Logits of every token of `sequences`, one sequence after another: (sum of lengths, vocab_size) on the CPU."""
     ids = sequences(decoder.config.vocab_size)
     cache, page_table = _empty_cache(decoder), _page_table()
+    device = cache.device
     done = [0] * len(ids)
     logits: list[list[Tensor]] = [[] for _ in ids]
     for step in schedule:
-        inputs = _step_inputs(step, ids, done, page_table, lora)
+        inputs = _step_inputs(step, ids, done, page_table, lora, device)
         hidden = decoder.forward(inputs, cache)
         parts = decoder.logits(hidden).split([num_new for _, num_new in step])
         for (sequence, num_new), part in zip(step, parts, strict=True):
             logits[sequence].append(part)
             done[sequence] += num_new
     assert tuple(done) == SEQUENCE_LENGTHS
-    return torch.cat([part for of_sequence in logits for part in of_sequence])
+    return torch.cat([part for of_sequence in logits for part in of_sequence]).cpu()
 
 
 class SameAgain:
@@ -84,12 +85,18 @@ def _empty_cache(decoder: Decoder) -> Tensor:
     attention = decoder.layers[0].attention
     shape = (len(decoder.layers), 2, attention.num_kv_heads, PAGE_SIZE, attention.head_dim)
     size = torch.Size(shape).numel()
-    pool = torch.full((1 + sum(_num_pages()), size + 16), torch.nan, dtype=decoder.norm.weight.dtype)
+    like = decoder.norm.weight
+    pool = torch.full((1 + sum(_num_pages()), size + 16), torch.nan, dtype=like.dtype, device=like.device)
     return pool[:, :size].view(-1, *shape)
 
 
 def _step_inputs(
-    step: Step, ids: list[list[int]], done: list[int], page_table: Tensor, lora: LoRABatch | None
+    step: Step,
+    ids: list[list[int]],
+    done: list[int],
+    page_table: Tensor,
+    lora: LoRABatch | None,
+    device: torch.device,
 ) -> StepInputs:
     rows, tokens, positions = [], [], []
     for sequence, num_new in step:
@@ -107,11 +114,11 @@ def _step_inputs(
         num_prefill_rows=len(prefill),
         num_prefill_tokens=sum(prefill),
         max_kv_len=int(kv_lens.max()),
-        token_ids=torch.tensor(tokens),
-        positions=position,
-        kv_slots=pages * PAGE_SIZE + position % PAGE_SIZE,
-        page_table=page_table[slots],
-        kv_lens=kv_lens,
+        token_ids=torch.tensor(tokens, device=device),
+        positions=position.to(device),
+        kv_slots=(pages * PAGE_SIZE + position % PAGE_SIZE).to(device),
+        page_table=page_table[slots].to(device),
+        kv_lens=kv_lens.to(device),
         host_rows=host_rows,
         lora=lora,
     )

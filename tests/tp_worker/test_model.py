@@ -17,18 +17,20 @@ from tests.tp_worker.reference_logits import reference_logits
 from tests.tp_worker.steps import SCHEDULES, double_every_projection, run_schedule
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
+on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    config = load_model_config(model_dir)
-    return load_model(config, model_dir, "auto", dtype, CPU, TPGroup(0, 1, CPU), seed=0, progress=False)
+def load(model_dir: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+    config, target = load_model_config(model_dir), torch.device(device)
+    group = TPGroup(0, 1, target)
+    return load_model(config, model_dir, "auto", dtype, target, group, seed=0, progress=False)
 
 
+@on_every_device
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family: str, tiny_models: TinyModels) -> None:
+def test_logits_equal_transformers(family: str, device: str, tiny_models: TinyModels) -> None:
     model_dir = tiny_models.model(family)
-    decoder, expected = load(model_dir), reference_logits(model_dir)
+    decoder, expected = load(model_dir, device), reference_logits(model_dir)
     for schedule in SCHEDULES.values():
         torch.testing.assert_close(run_schedule(decoder, schedule), expected, rtol=0, atol=1e-4)
 
@@ -52,9 +54,10 @@ def test_lora_sites_are_those_of_the_page_layout(tiny_models: TinyModels) -> Non
     assert widths == [64 + 2 * 32, 64, 2 * 96, 64]
 
 
-def test_bfloat16_stays_close_and_gives_float32_logits(tiny_models: TinyModels) -> None:
+@on_every_device
+def test_bfloat16_stays_close_and_gives_float32_logits(device: str, tiny_models: TinyModels) -> None:
     model_dir = tiny_models.model("llama")
-    decoder = load(model_dir, torch.bfloat16)
+    decoder = load(model_dir, device, torch.bfloat16)
     logits = run_schedule(decoder, SCHEDULES["mixed"])
     assert logits.dtype == torch.float32
     expected = reference_logits(model_dir)

@@ -1,4 +1,4 @@
-"""The decoder and the collectives on two and four ranks over gloo: the same logits as transformers, on every rank.
+"""The decoder and the collectives on several ranks, over gloo and NCCL: the logits of transformers, on every rank.
 
 Between them the families have KV heads above, at and below the number of ranks, and a vocabulary no tp divides.
 """
@@ -21,26 +21,35 @@ from tests.tp_worker.tp_main import rank_values
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
-SIZES = (2, 4)
 Results = list[dict[str, torch.Tensor]]  # by rank
 
 
-@pytest.fixture(scope="module", params=SIZES, ids="tp{}".format)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", 2), id="tp2"),
+        pytest.param(("cpu", 4), id="tp4"),
+        pytest.param(("cuda", 2), id="nccl2", marks=pytest.mark.multigpu),
+    ],
+)
 def results(
     request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> Results:
+    device, size = request.param
     run_dir = tmp_path_factory.mktemp("tp")
-    run_ranks(request.param, run_dir, [tiny_models.model(family) for family in FAMILIES])
-    return [load_file(run_dir / f"rank-{rank}.safetensors") for rank in range(request.param)]
+    run_ranks(device, size, run_dir, [tiny_models.model(family) for family in FAMILIES])
+    return [load_file(run_dir / f"rank-{rank}.safetensors") for rank in range(size)]
 
 
-def run_ranks(size: int, run_dir: Path, model_dirs: list[Path]) -> None:
+def run_ranks(device: str, size: int, run_dir: Path, model_dirs: list[Path]) -> None:
     """Run `tp_main` once per rank; fails if one fails, and leaves none behind."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / '.pkg'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.tp_worker.tp_main"]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(size), str(run_dir), *map(str, model_dirs)], cwd=ROOT, env=environment
+            [*command, str(rank), str(size), device, str(run_dir), *map(str, model_dirs)],
+            cwd=ROOT,
+            env=environment,
         )
         for rank in range(size)
     ]

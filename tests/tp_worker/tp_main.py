@@ -1,4 +1,4 @@
-"""One rank of a tensor-parallel run of the decoder: `python -m tests.tp_worker.tp_main RANK SIZE RUN_DIR MODEL_DIR…`.
+"""One rank of a tensor-parallel run of the decoder: `python -m tests.tp_worker.tp_main RANK SIZE DEVICE RUN_DIR MODEL_DIR…`.
 
 Writes RUN_DIR/rank-RANK.safetensors: the logits of every model and schedule, and what the collectives gave.
 """
@@ -17,9 +17,8 @@ from manylora.tp_worker.weight_loader import load_model
 from tests.tp_worker.steps import SCHEDULES, double_every_projection, run_schedule
 
 
-def main(rank: int, size: int, run_dir: Path, model_dirs: list[Path]) -> None:
+def main(rank: int, size: int, device: torch.device, run_dir: Path, model_dirs: list[Path]) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cpu")
     group = init_tp_group(rank, size, device, run_dir)
     results = collective_results(group)
     for model_dir in model_dirs:
@@ -38,10 +37,9 @@ def collective_results(group: TPGroup) -> dict[str, torch.Tensor]:
     """Sums and collections of `rank_values`."""
     results: dict[str, torch.Tensor] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x = rank_values(group.rank, dtype)
-        results[f"gathered/{dtype}"] = group.all_gather(x)
-        group.all_reduce(x)
-        results[f"reduced/{dtype}"] = x
+        x = rank_values(group.rank, dtype).to(group.device)
+        results[f"gathered/{dtype}"] = group.all_gather(x).cpu()
+        results[f"reduced/{dtype}"] = group.all_reduce(x).cpu()
     return results
 
 
@@ -52,4 +50,6 @@ def rank_values(rank: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), [Path(arg) for arg in sys.argv[4:]])
+    _, rank, size, device_type, run_dir, *model_dirs = sys.argv
+    device = torch.device(device_type, int(rank)) if device_type == "cuda" else torch.device(device_type)
+    main(int(rank), int(size), device, Path(run_dir), [Path(model_dir) for model_dir in model_dirs])

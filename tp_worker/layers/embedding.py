@@ -55,5 +55,5 @@ class LMHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         local = F.linear(hidden, self.weight.rows)
         planes = self.weight.group.all_gather(local)  # (size, n, vocab of a rank)
-        logits = planes.transpose(0, 1).reshape(len(hidden), -1)[:, : self.weight.vocab_size]
+        logits = planes.transpose(0, 1).flatten(1)[:, : self.weight.vocab_size]
         return logits.float().contiguous()

@@ -29,17 +29,15 @@ class Decoder:
         config.check_tp(group.size)
         self.config = config
         cos_sin = rotary_table(config.rope, config.head_dim, config.max_position_embeddings, group.device)
-        embed = VocabParallelWeight(config.vocab_size, config.hidden_size, group=group, dtype=dtype)
-        head = (
-            embed
-            if config.tie_word_embeddings
-            else VocabParallelWeight(config.vocab_size, config.hidden_size, group=group, dtype=dtype)
-        )
+        vocab, hidden = config.vocab_size, config.hidden_size
+        embed = head = VocabParallelWeight(vocab, hidden, group=group, dtype=dtype)
+        if not config.tie_word_embeddings:
+            head = VocabParallelWeight(vocab, hidden, group=group, dtype=dtype)
         self.embed_tokens = VocabParallelEmbedding(embed)
         self.layers = [
             DecoderLayer(config, cos_sin, group=group, dtype=dtype) for _ in range(config.num_layers)
         ]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=group.device)
         self.lm_head = LMHead(head)
 
     @torch.inference_mode()
