@@ -29,7 +29,7 @@ class Model(Protocol):
         """Write the step's KV; return the last hidden state (T, hidden) after the final norm."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """(n, hidden) -> (n, vocab) float32, whole on every rank."""
         ...
 

@@ -22,8 +22,8 @@ class StepInputs:
     max_kv_len: int
     token_ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64
-    kv_slots: torch.Tensor  # (T,) int64: page · page_size + offset in page, where the token's K and V are written
-    page_table: torch.Tensor  # (R, pages) int64: the row's pages in order; entries past its length are arbitrary but valid
+    kv_slots: torch.Tensor  # (T,) int64: page · page_size + offset in page, where the token's K and V go
+    page_table: torch.Tensor  # (R, pages) int64: the row's pages in order; past its length any valid page
     kv_lens: torch.Tensor  # (R,) int64: tokens the row attends to at its end (start + num_new)
     host_rows: torch.Tensor  # (R, 4) int32 on the CPU: slot, start, num_new, token_offset
     lora: LoRABatch | None

@@ -34,7 +34,7 @@ class Upload:
         self._turn = 0
 
     def __call__(self, payload: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the payload as int32 on the host (valid for RING steps) and as int64 on the device."""
+        """Returns the payload as int32 on the host and as int64 on the device."""
         host = torch.frombuffer(bytearray(payload), dtype=torch.int32)
         if not self._ring:
             return host, host.long()

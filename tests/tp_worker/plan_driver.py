@@ -1,0 +1,162 @@
+"""Plays the scheduler for one rank: builds plans, deals out pages at random from a pool full of NaN."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from manylora.lora.page_layout import pool_geometry
+from manylora.runtime.model_config import load_model_config
+from manylora.runtime.plan import FROM_SLOT, ForwardBatch, ForwardOutput, PlanBuilder, slot_entry
+from manylora.runtime.sampling_params import SamplingParams
+from manylora.tp_worker.distributed import init_tp_group
+from manylora.tp_worker.memory_pool import PagePool
+from manylora.tp_worker.model_runner import ModelRunner
+from manylora.tp_worker.slot_state import SlotState
+from manylora.tp_worker.weight_loader import load_model
+
+PAGE_SIZE = 4
+NUM_PAGES = 64
+NUM_SLOTS = 6
+MAX_PAGES = 16  # of one sequence
+
+
+def build_runner(model_dir: Path, device: str = "cpu") -> ModelRunner:
+    """A runner over a real model in float32, with every page and every slot dirty."""
+    config = load_model_config(model_dir)
+    target = torch.device(device)
+    model = load_model(
+        config,
+        model_dir,
+        "auto",
+        torch.float32,
+        target,
+        init_tp_group(0, 1, target, model_dir),
+        seed=0,
+        progress=False,
+    )
+    geometry = pool_geometry(config, tp_size=1, sharding="slora", page_size=PAGE_SIZE, itemsize=4)
+    pool = PagePool(geometry, NUM_PAGES, torch.float32, target)
+    pool.elements.fill_(torch.nan)
+    state = SlotState(NUM_SLOTS, MAX_PAGES, config.vocab_size, target)
+    state.counts.fill_(3)
+    state.in_prompt.fill_(1)
+    state.stop_ids.fill_(5)
+    return ModelRunner(model, pool, state, vocab_size=config.vocab_size, tp_rank=0)
+
+
+class Driver:
+    """Collects what the next plan brings; `plan` builds it."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._free = list(range(NUM_PAGES))
+        random.Random(4).shuffle(self._free)
+        self._pages: dict[int, list[int]] = {}
+        self._params: dict[int, SamplingParams] = {}
+        self._min_new_ends: dict[int, int] = {}  # slot -> position from which stop ids are allowed
+        self._builder = PlanBuilder()
+        self._step = 0
+
+    def take_slot(
+        self,
+        slot: int,
+        params: SamplingParams,
+        known: Sequence[int],
+        *,
+        prompt_len: int | None = None,
+        stop_ids: Sequence[int] = (),
+        sample_index: int = 0,
+    ) -> None:
+        """Give `slot` to a new sequence of which `known` are the tokens so far, the first `prompt_len` its prompt."""
+        prompt_len = len(known) if prompt_len is None else prompt_len
+        self._free += self._pages.get(slot, [])
+        self._pages[slot] = []
+        self._params[slot] = params
+        self._min_new_ends[slot] = prompt_len + params.min_new_tokens
+        entry = slot_entry(
+            slot,
+            params,
+            vocab_size=self._vocab_size,
+            seed=params.seed or 0,
+            sample_index=sample_index,
+            prompt_len=prompt_len,
+        )
+        self._builder.add("slots", *entry)
+        if params.min_new_tokens:
+            for token in stop_ids:
+                self._builder.add("stop_ids", slot, token)
+        if params.has_penalties:
+            for index, token in enumerate(known):
+                self._builder.add("history", slot, token, int(index >= prompt_len))
+
+    def share_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Let `target` start with `num_tokens` of `source`: full pages are shared, the partly used one is copied."""
+        full = num_tokens // PAGE_SIZE
+        for index in range(full):
+            self._add_page(target, self._pages[source][index])
+        if num_tokens % PAGE_SIZE:
+            copy = self._free.pop()
+            self._builder.add("copies", self._pages[source][full], copy)
+            self._add_page(target, copy)
+
+    def plan(
+        self,
+        rows: Sequence[tuple[int, int, Sequence[int]]],
+        *,
+        samples: Sequence[int] | None = None,
+        num_top: int = -1,
+        prompt_lps: Sequence[tuple[int, int, int]] = (),
+    ) -> ForwardBatch:
+        """One step of `rows` (slot, start, tokens), prefill rows first; the slots in `samples` (default: all) draw."""
+        offset = 0
+        sampling: list[int] = []
+        min_new = False
+        for index, (slot, start, tokens) in enumerate(rows):
+            end = start + len(tokens)
+            while len(self._pages[slot]) * PAGE_SIZE < end:
+                self._add_page(slot, self._free.pop())
+            self._builder.add("rows", slot, start, len(tokens), offset)
+            self._builder.extend("tokens", tokens)
+            if samples is None or slot in samples:
+                self._builder.add("samples", index, end)
+                sampling.append(slot)
+                min_new |= end < self._min_new_ends[slot]
+            offset += len(tokens)
+        for entry in prompt_lps:
+            self._builder.add("prompt_lps", *entry)
+        prefill = [tokens for _, _, tokens in rows if len(tokens) > 1]
+        self._step += 1
+        plan = self._builder.build(
+            self._step,
+            num_prefill_rows=len(prefill),
+            num_prefill_tokens=sum(map(len, prefill)),
+            max_kv_len=max(start + len(tokens) for _, start, tokens in rows),
+            greedy=all(self._params[slot].greedy for slot in sampling),
+            penalties=any(self._params[slot].has_penalties for slot in sampling),
+            min_new=min_new,
+            num_top=num_top,
+            num_prompt_top=max((entry[2] for entry in prompt_lps), default=-1),
+        )
+        self._builder = PlanBuilder()
+        return plan
+
+    def decode(self, starts: dict[int, int]) -> ForwardBatch:
+        """One token of each slot, whatever it sampled last."""
+        return self.plan([(slot, start, [FROM_SLOT]) for slot, start in starts.items()])
+
+    def _add_page(self, slot: int, page: int) -> None:
+        self._builder.add("pages", slot, len(self._pages[slot]), page)
+        self._pages[slot].append(page)
+
+
+def run(runner: ModelRunner, plan: ForwardBatch) -> ForwardOutput:
+    """Execute and wait."""
+    pending = runner.execute(plan)
+    assert pending is not None
+    while not pending.ready():
+        pass
+    return pending.output()
