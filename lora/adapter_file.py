@@ -82,21 +82,24 @@ def _download(repo_id: str) -> Path:
 def _read_file(path: Path, limit: int) -> bytearray:
     """The whole of a regular file of at most `limit` bytes."""
     try:
-        # O_NONBLOCK: opening a FIFO must not hang.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=_open_nonblocking) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterRejectedError(f"{path} is not a regular file", param="lora_path")
+            if status.st_size > limit:
+                raise AdapterRejectedError(
+                    f"{path} is {status.st_size} bytes long; at most {limit} are read", param="lora_path"
+                )
+            data = bytearray(status.st_size)
+            if file.readinto(data) < len(data):
+                raise AdapterRejectedError(f"{path} became shorter while it was read", param="lora_path")
+            return data
     except FileNotFoundError as error:
         raise AdapterRejectedError(f"there is no {path.absolute()}", param="lora_path") from error
     except OSError as error:
         raise AdapterRejectedError(f"{path} cannot be read: {error.strerror}", param="lora_path") from error
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterRejectedError(f"{path} is not a regular file", param="lora_path")
-        if status.st_size > limit:
-            raise AdapterRejectedError(
-                f"{path} is {status.st_size} bytes long; at most {limit} are read", param="lora_path"
-            )
-        data = bytearray(status.st_size)
-        if file.readinto(data) < len(data):
-            raise AdapterRejectedError(f"{path} became shorter while it was read", param="lora_path")
-        return data
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Opening a FIFO must not wait for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
