@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 import msgspec
@@ -16,7 +16,7 @@ import msgspec
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import ConfigError, ErrorInfo, RemoteError
 from manylora.runtime.log import setup_logging
-from manylora.runtime.supervisor import Supervisor
+from manylora.runtime.supervisor import MODULES, Supervisor
 
 logger = logging.getLogger("manylora.launch")
 
@@ -58,7 +58,12 @@ class RunningServer:
         self._thread.join()
 
 
-def launch(config: ServerConfig, *, on_failure: Callable[[ErrorInfo], None]) -> RunningServer:
+def launch(
+    config: ServerConfig,
+    *,
+    on_failure: Callable[[ErrorInfo], None],
+    modules: Mapping[str, str] = MODULES,
+) -> RunningServer:
     """Start the processes of a server without HTTP; returns once the workers are loading.
 
     `on_failure` is called from the supervising thread if a process dies later, while loading or serving. Raises
@@ -72,7 +77,7 @@ def launch(config: ServerConfig, *, on_failure: Callable[[ErrorInfo], None]) -> 
         else:
             prepared.set_exception(RemoteError(error))
 
-    supervisor = Supervisor(config, on_prepared=prepared.set_result, on_failure=failed)
+    supervisor = Supervisor(config, on_prepared=prepared.set_result, on_failure=failed, modules=modules)
 
     def run() -> None:
         try:

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -53,6 +53,7 @@ class Supervisor:
     listener: the bound HTTP socket, handed to the front; None if the caller plays the front (`Engine`).
     on_prepared: called with the final config once the scheduler and the workers are started.
     on_failure: called with the error that ends the server, before anything is stopped.
+    modules: what `python -m` runs for each role.
     wake_fd: what is written here wakes the event loop, as `signal.set_wakeup_fd` wants it.
     """
 
@@ -63,7 +64,9 @@ class Supervisor:
         *,
         on_prepared: Callable[[ServerConfig], None] = lambda _: None,
         on_failure: Callable[[ErrorInfo], None] = lambda _: None,
+        modules: Mapping[str, str] = MODULES,
     ) -> None:
+        self._modules = modules
         self._listener = listener
         self._on_prepared = on_prepared
         self._on_failure = on_failure
@@ -187,7 +190,7 @@ class Supervisor:
             self._zmq,
             msgspec.structs.replace(self._config, epoch=epoch),
             role,
-            MODULES[role.rstrip("0123456789")],
+            self._modules[role.rstrip("0123456789")],
             args=args,
             num_threads=num_threads,
             pass_fds=pass_fds,
