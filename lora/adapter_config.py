@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import msgspec
 
 from manylora.runtime.errors import AdapterRejectedError
+
+T = TypeVar("T")
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 256 * 1024
@@ -69,7 +72,7 @@ _MAX_PATTERN_KEY = 512
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
-class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """What decides rank and scaling of each module. `module` is its full name in the base model."""
 
     r: int
@@ -81,12 +84,19 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     init_lora_weights: bool | str = True
 
     def rank(self, module: str) -> int:
-        return self.rank_pattern.get(_first_match(self.rank_pattern, module), self.r)
+        return _first_match(self._rank_rules, module, self.r)
 
     def scaling(self, module: str) -> float:
-        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, module), self.lora_alpha)
-        rank = self.rank(module)
+        alpha, rank = _first_match(self._alpha_rules, module, self.lora_alpha), self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    @cached_property
+    def _rank_rules(self) -> list[tuple[re.Pattern[str], int]]:
+        return _compile(self.rank_pattern)
+
+    @cached_property
+    def _alpha_rules(self) -> list[tuple[re.Pattern[str], float]]:
+        return _compile(self.alpha_pattern)
 
 
 READ_FIELDS = frozenset(AdapterConfig.__struct_fields__)
@@ -164,12 +174,16 @@ def _check_pattern_key(field: str, key: str) -> None:
         )
 
 
-def _first_match(patterns: dict[str, Any], module: str) -> str:
-    """The first key that is the module's name or its end after a dot, as PEFT's get_pattern_key finds it."""
-    for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", module):  # harmless: _PATTERN_KEY lets no repetition through
-            return key
-    return ""
+def _compile(patterns: dict[str, T]) -> list[tuple[re.Pattern[str], T]]:
+    """A key is a module's name or its end after a dot, exactly as PEFT's get_pattern_key reads it.
+
+    Harmless: `_PATTERN_KEY` lets no repetition through.
+    """
+    return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
+
+
+def _first_match(rules: list[tuple[re.Pattern[str], T]], module: str, default: T) -> T:
+    return next((value for pattern, value in rules if pattern.match(module)), default)
 
 
 def _rejected(problem: str, param: str | None = None) -> AdapterRejectedError:

@@ -47,15 +47,13 @@ class SliceTable:
             self.scalings[:, layer, first:last],
         )
 
-    def write(self, rows: torch.Tensor, offsets: torch.Tensor, staged: _Staged) -> None:
-        """Fill `rows` (int64) from host tensors, without waiting for the device."""
+    def write(
+        self, rows: torch.Tensor, offsets: torch.Tensor, widths: torch.Tensor, scalings: torch.Tensor
+    ) -> None:
+        """Fill `rows` (int64) from tensors on the host, without waiting for the device."""
         device = self.offsets.device
         rows = rows.to(device, non_blocking=True)
-        for column, values in (
-            (self.offsets, offsets),
-            (self.widths, staged.widths),
-            (self.scalings, staged.scalings),
-        ):
+        for column, values in ((self.offsets, offsets), (self.widths, widths), (self.scalings, scalings)):
             column.index_copy_(0, rows, values.to(device, non_blocking=True))
 
 
@@ -94,6 +92,8 @@ class WeightPool:
             SliceTable(num_slices, geometry.num_layers, elements.device) if on_cuda else self.table
         )
         self._stream = torch.cuda.Stream(elements.device) if on_cuda else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(elements.device))  # the tables' first values
         self._staged: dict[int, _Staged] = {}
         self._copies: deque[tuple[int, torch.cuda.Event | None]] = deque()
 
@@ -139,14 +139,14 @@ class WeightPool:
         page = torch.clamp(adjacent, min=0) // self._page_elements
         offsets = torch.where(adjacent == ABSENT, ABSENT, page_starts[page] + adjacent % self._page_elements)
         rows = torch.tensor(slices, dtype=torch.int64)
-        self.table.write(rows, offsets, staged)
+        self.table.write(rows, offsets, staged.widths, staged.scalings)
         if self._stream is None:
             self._copy_pages(staged.host_pages, pages)
             self._copies.append((version, None))
             return
         with torch.cuda.stream(self._stream):
             self._copy_pages(staged.host_pages, pages)
-            self.device_table.write(rows, offsets, staged)
+            self.device_table.write(rows, offsets, staged.widths, staged.scalings)
             event = torch.cuda.Event()
             event.record(self._stream)
         self._copies.append((version, event))
