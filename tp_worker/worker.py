@@ -9,10 +9,8 @@ are read from disk beside the loop.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections import deque
-from dataclasses import dataclass
 
 import torch
 import zmq
@@ -34,6 +32,7 @@ from manylora.runtime.errors import (
 from manylora.runtime.ipc import Pipe
 from manylora.runtime.messages import (
     AdapterCopied,
+    AdapterStaged,
     ChildToSupervisor,
     CopyAdapter,
     DropAdapter,
@@ -57,136 +56,141 @@ from manylora.tp_worker.weight_loader import load_model
 NUM_SLICES = 4096  # rows of the slice table: rank 16 · 4096 may be resident at once
 _IDLE_MS = 1000  # without work for this long, collect garbage
 
-
-@dataclass(slots=True)
-class Engine:
-    """What a rank computes with. `weights` is None without LoRA."""
-
-    runner: ModelRunner
-    weights: WeightPool | None
-    ready: WorkerReady
-
-
-def build_engine(config: ServerConfig, tp_rank: int, device: torch.device) -> Engine:
-    """Join the group, load the weights and allocate everything else. Raises ConfigError and its subclasses."""
-    tp_size = config.parallel.tp_size
-    model_config = load_model_config(config.model.model_dir)
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
-    group = init_tp_group(tp_rank, tp_size, device, config.run_dir, config.epoch)
-    model = load_model(
-        model_config,
-        config.model.model_dir,
-        config.model.load_format,
-        dtype,
-        device,
-        group,
-        config.model.random_seed,
-        progress=tp_rank == 0,
-    )
-    geometry = pool_geometry(
-        model_config,
-        tp_size=tp_size,
-        sharding=config.lora.sharding,
-        page_size=config.cache.page_size,
-        itemsize=dtype.itemsize,
-    )
-    context_length = config.model.context_length or model_config.max_position_embeddings
-    state = SlotState(
-        config.schedule.max_running_requests,
-        -(-context_length // geometry.page_size),
-        model_config.vocab_size,
-        device,
-    )
-    pool = PagePool(geometry, num_pages_that_fit(config, model_config, geometry, device), dtype, device)
-    runner = ModelRunner(model, pool, state, vocab_size=model_config.vocab_size, tp_rank=tp_rank)
-    num_host_pages = num_host_pages_that_fit(config, geometry)
-    num_slices = NUM_SLICES if config.lora.enable_lora else 0
-    weights = None
-    if config.lora.enable_lora:
-        arena = HostArena(num_host_pages, geometry.page_bytes, pinned=device.type == "cuda")
-        weights = WeightPool(geometry, pool.elements, num_slices, arena)
-        attach_deltas(model, weights, group, config.lora.sharding)
-    ready = WorkerReady(tp_rank, pool.num_pages, num_host_pages, num_slices, str(device), config.model.dtype)
-    return Engine(runner, weights, ready)
+AdapterCommand = StageAdapter | CopyAdapter | DropAdapter
 
 
 class Worker:
-    """The loop between the scheduler's pipe and the engine."""
+    """One rank: everything it computes with, and the loop that does what the scheduler says."""
 
-    def __init__(
+    def __init__(self, config: ServerConfig, tp_rank: int, device: torch.device) -> None:
+        """Join the group, load the weights, allocate the rest. Raises ConfigError and its subclasses."""
+        tp_size = config.parallel.tp_size
+        model_config = load_model_config(config.model.model_dir)
+        dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self._tp_rank = tp_rank
+        self._group = init_tp_group(tp_rank, tp_size, device, config.run_dir, config.epoch)
+        model = load_model(
+            model_config,
+            config.model.model_dir,
+            config.model.load_format,
+            dtype,
+            device,
+            self._group,
+            config.model.random_seed,
+            progress=tp_rank == 0,
+        )
+        geometry = pool_geometry(
+            model_config,
+            tp_size=tp_size,
+            sharding=config.lora.sharding,
+            page_size=config.cache.page_size,
+            itemsize=dtype.itemsize,
+        )
+        context_length = config.model.context_length or model_config.max_position_embeddings
+        max_pages = -(-context_length // geometry.page_size)
+        vocab_size = model_config.vocab_size
+        state = SlotState(config.schedule.max_running_requests, max_pages, vocab_size, device)
+        pool = PagePool(geometry, num_pages_that_fit(config, model_config, geometry, device), dtype, device)
+        self._runner = ModelRunner(model, pool, state, vocab_size=vocab_size, tp_rank=tp_rank)
+        self._pending: deque[PendingOutput] = deque()
+        self._adapters: Adapters | None = None
+        num_host_pages = num_slices = 0
+        if config.lora.enable_lora:
+            num_host_pages, num_slices = num_host_pages_that_fit(config, geometry), NUM_SLICES
+            arena = HostArena(num_host_pages, geometry.page_bytes, pinned=device.type == "cuda")
+            weights = WeightPool(geometry, pool.elements, num_slices, arena)
+            attach_deltas(model, weights, self._group, config.lora.sharding)
+            self._adapters = Adapters(weights, tp_rank)
+        self.ready = WorkerReady(
+            tp_rank, pool.num_pages, num_host_pages, num_slices, device.type, config.model.dtype
+        )
+
+    def serve(
         self,
-        tp_rank: int,
-        engine: Engine,
         scheduler: Pipe[WorkerToScheduler, SchedulerToWorker],
         supervisor: Pipe[ChildToSupervisor, SupervisorToChild],
     ) -> None:
-        self._tp_rank = tp_rank
-        self._runner = engine.runner
-        self._weights = engine.weights
-        self._staging = StagingThread(engine.weights, tp_rank) if engine.weights else None
-        self._scheduler = scheduler
-        self._supervisor = supervisor
-        self._pending: deque[PendingOutput] = deque()
-        self._poller = zmq.Poller()
-        self._poller.register(scheduler.socket, zmq.POLLIN)
-        self._poller.register(supervisor.socket, zmq.POLLIN)
-        if self._staging:
-            self._poller.register(self._staging.fileno(), zmq.POLLIN)
-
-    def run(self) -> None:
         """Execute commands until told to stop."""
+        poller = zmq.Poller()
+        for source in (scheduler.socket, supervisor.socket, self._adapters):
+            if source is not None:
+                poller.register(source, zmq.POLLIN)
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection in the middle of a step would stall every rank
         litter = False
         while True:
-            while (message := self._scheduler.recv()) is not None:
+            while (message := scheduler.recv()) is not None:
                 if isinstance(message, Shutdown):
                     return
                 self._execute(message)
-                self._report()
+                self._report(scheduler)
                 litter = True
-            if self._supervisor.recv() is not None:  # whatever it says to a worker, it means: stop
+            if supervisor.recv() is not None:  # whatever it says to a worker, it means the end
                 return
-            self._report()
-            if self._on_device():
-                self._poller.poll(0)
-            elif litter:
-                if not self._poller.poll(_IDLE_MS):
-                    gc.collect()
-                    litter = False
-            else:
-                self._poller.poll()
+            self._report(scheduler)
+            if self._pending or (self._adapters and self._adapters.copying):
+                poller.poll(0)  # what the device works on ends without waking anybody
+            elif not litter:
+                poller.poll()
+            elif not poller.poll(_IDLE_MS):
+                gc.collect()
+                litter = False
 
     def close(self) -> None:
-        if self._staging:
-            self._staging.close()
+        """Leave the group in order."""
+        if self._adapters:
+            self._adapters.close()
+        self._group.close()
 
-    def _execute(self, message: SchedulerToWorker) -> None:
+    def _execute(self, message: ForwardBatch | AdapterCommand) -> None:
         if isinstance(message, ForwardBatch):
             pending = self._runner.execute(message)
             if pending is not None:
                 self._pending.append(pending)
-        elif self._weights is None or self._staging is None:
+        elif self._adapters is None:
             raise ProtocolError(f"{type(message).__name__} reached a worker without LoRA")
-        elif isinstance(message, CopyAdapter):
-            self._weights.copy(message.version, unpack_i32(message.pages), unpack_i32(message.slices))
-        elif isinstance(message, StageAdapter | DropAdapter):
-            self._staging.submit(message)
+        else:
+            self._adapters.execute(message)
 
-    def _report(self) -> None:
+    def _report(self, scheduler: Pipe[WorkerToScheduler, SchedulerToWorker]) -> None:
         """Send every result that is complete, in order."""
         while self._pending and self._pending[0].ready():
-            self._scheduler.send(self._pending.popleft().output())
-        if self._weights and self._staging:
-            for version in self._weights.done():
-                self._scheduler.send(AdapterCopied(self._tp_rank, version))
-            for answer in self._staging.drain():
-                self._scheduler.send(answer)
+            scheduler.send(self._pending.popleft().output())
+        if self._adapters:
+            for answer in self._adapters.answers():
+                scheduler.send(answer)
 
-    def _on_device(self) -> bool:
-        """Whether the device works on something whose end only polling tells."""
-        return bool(self._pending) or (self._weights is not None and self._weights.copying)
+
+class Adapters:
+    """Adapter commands of one rank: staged beside the loop, copied in it."""
+
+    def __init__(self, weights: WeightPool, tp_rank: int) -> None:
+        self._weights = weights
+        self._tp_rank = tp_rank
+        self._staging = StagingThread(weights, tp_rank)
+
+    def fileno(self) -> int:
+        """Readable when a staging has ended."""
+        return self._staging.fileno()
+
+    @property
+    def copying(self) -> bool:
+        return self._weights.copying
+
+    def execute(self, command: AdapterCommand) -> None:
+        if isinstance(command, CopyAdapter):
+            self._weights.copy(command.version, unpack_i32(command.pages), unpack_i32(command.slices))
+        else:
+            self._staging.submit(command)
+
+    def answers(self) -> list[AdapterCopied | AdapterStaged]:
+        """What is complete since the last call."""
+        copied = [AdapterCopied(self._tp_rank, version) for version in self._weights.done()]
+        return [*copied, *self._staging.drain()]
+
+    def close(self) -> None:
+        self._staging.close()
 
 
 def set_up_torch(config: ServerConfig, tp_rank: int) -> torch.device:
@@ -194,9 +198,7 @@ def set_up_torch(config: ServerConfig, tp_rank: int) -> torch.device:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if config.model.device == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.parallel.tp_size))
         return torch.device("cpu")
-    torch.set_num_threads(1)
     if torch.cuda.device_count() <= tp_rank:
         raise ConfigError(
             f"CUDA shows {torch.cuda.device_count()} devices, rank {tp_rank} needs device {tp_rank}",
@@ -212,11 +214,10 @@ def main(config: ServerConfig, context: ChildContext) -> None:
     tp_rank = int(context.args[0])
     scheduler = context.connect(f"worker{tp_rank}", sends=WorkerToScheduler, receives=SchedulerToWorker)
     try:
-        engine = build_engine(config, tp_rank, set_up_torch(config, tp_rank))
-        worker = Worker(tp_rank, engine, scheduler, context.supervisor)
-        scheduler.send(engine.ready)
+        worker = Worker(config, tp_rank, set_up_torch(config, tp_rank))
+        scheduler.send(worker.ready)
         context.ready()
-        worker.run()
+        worker.serve(scheduler, context.supervisor)
         worker.close()
     except Exception as error:
         scheduler.send(WorkerFailed(tp_rank, as_manylora_error(error, tp_rank).info()))

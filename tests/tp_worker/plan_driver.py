@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -110,8 +111,12 @@ class Driver:
         samples: Sequence[int] | None = None,
         num_top: int = -1,
         prompt_lps: Sequence[tuple[int, int, int]] = (),
+        adapters: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> ForwardBatch:
-        """One step of `rows` (slot, start, tokens), prefill rows first; the slots in `samples` (default: all) draw."""
+        """One step of `rows` (slot, start, tokens), prefill rows first; the slots in `samples` (default: all) draw.
+
+        adapters: slot -> the slices of its adapter.
+        """
         offset = 0
         sampling: list[int] = []
         min_new = False
@@ -125,6 +130,11 @@ class Driver:
                 self._builder.add("samples", index, end)
                 sampling.append(slot)
                 min_new |= end < self._min_new_ends[slot]
+            if slot in adapters:
+                first_slice = self._builder.count("slices")
+                slices = adapters[slot]
+                self._builder.add("segments", offset, offset + len(tokens), first_slice, len(slices))
+                self._builder.extend("slices", slices)
             offset += len(tokens)
         for entry in prompt_lps:
             self._builder.add("prompt_lps", *entry)
@@ -135,6 +145,7 @@ class Driver:
             num_prefill_rows=len(prefill),
             num_prefill_tokens=sum(map(len, prefill)),
             max_kv_len=max(start + len(tokens) for _, start, tokens in rows),
+            max_slices=max((len(adapters[slot]) for slot, _, _ in rows if slot in adapters), default=0),
             greedy=all(self._params[slot].greedy for slot in sampling),
             penalties=any(self._params[slot].has_penalties for slot in sampling),
             min_new=min_new,
@@ -144,9 +155,11 @@ class Driver:
         self._builder = PlanBuilder()
         return plan
 
-    def decode(self, starts: dict[int, int]) -> ForwardBatch:
-        """One token of each slot, whatever it sampled last."""
-        return self.plan([(slot, start, [FROM_SLOT]) for slot, start in starts.items()])
+    def decode(
+        self, starts: Mapping[int, int], adapters: Mapping[int, Sequence[int]] = MappingProxyType({})
+    ) -> ForwardBatch:
+        """One token of each slot, after whatever it sampled last."""
+        return self.plan([(slot, start, [FROM_SLOT]) for slot, start in starts.items()], adapters=adapters)
 
     def _add_page(self, slot: int, page: int) -> None:
         self._builder.add("pages", slot, len(self._pages[slot]), page)
