@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import msgspec
 
 from manylora.runtime.config import ServerConfig
-from manylora.runtime.errors import ConfigError, ErrorInfo, RemoteError
+from manylora.runtime.errors import ConfigError, ErrorInfo, error_from
 from manylora.runtime.log import setup_logging
 from manylora.runtime.supervisor import MODULES, Supervisor
 
@@ -67,7 +67,7 @@ def launch(
     """Start the processes of a server without HTTP; returns once the workers are loading.
 
     `on_failure` is called from the supervising thread if a process dies later, while loading or serving. Raises
-    RemoteError if the model cannot be found, is not supported, or does not suit this machine.
+    ConfigError (or a subclass) if the model cannot be found, is not supported, or does not suit this machine.
     """
     prepared: Future[ServerConfig] = Future()
 
@@ -75,7 +75,7 @@ def launch(
         if prepared.done():
             on_failure(error)
         else:
-            prepared.set_exception(RemoteError(error))
+            prepared.set_exception(error_from(error))
 
     supervisor = Supervisor(config, on_prepared=prepared.set_result, on_failure=failed, modules=modules)
 

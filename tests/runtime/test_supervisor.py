@@ -9,7 +9,7 @@ import pytest
 
 from manylora.runtime import supervisor as supervisor_module
 from manylora.runtime.config import ModelArgs, ParallelArgs, ServerConfig
-from manylora.runtime.errors import ErrorInfo, RemoteError
+from manylora.runtime.errors import ConfigError, ErrorInfo
 from manylora.runtime.launch import bind, launch
 from manylora.runtime.supervisor import Supervisor
 from tests.runtime.fake_server import MODULES
@@ -207,7 +207,7 @@ def test_launch_raises_what_makes_the_start_impossible(
 ) -> None:
     fake("prepare", "refuse")
     failures: list[ErrorInfo] = []
-    with pytest.raises(RemoteError, match="prepare refuses"):
+    with pytest.raises(ConfigError, match="prepare refuses"):
         launch(CONFIG, on_failure=failures.append, modules=MODULES)
     assert failures == []
     assert house.lines == ["prepare 0 started"]
