@@ -59,10 +59,10 @@ class Reference:
         return self._answers[key]
 
     @torch.inference_mode()
-    def logprobs(self, adapter_dir: Path | None, token_ids: Sequence[int]) -> torch.Tensor:
-        """(tokens, vocab) log-softmax after each token."""
+    def logits(self, adapter_dir: Path | None, token_ids: Sequence[int]) -> torch.Tensor:
+        """(tokens, vocab): after each token."""
         self._select(adapter_dir)
-        return self._forward(list(token_ids)).log_softmax(-1)
+        return self._forward(list(token_ids))
 
     def _generate(
         self, adapter_dir: Path | None, input_ids: list[int], num_tokens: int, stop_ids: Sequence[int]
