@@ -1,0 +1,98 @@
+"""The runner on a CUDA device: same tokens, pinned rings that come round, and not one wait inside a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from manylora.runtime.messages import unpack_i32
+from manylora.runtime.plan import ForwardOutput
+from manylora.runtime.sampling_params import SamplingParams
+from manylora.tp_worker.transfers import RING, Download, Upload
+from tests.reference import Reference
+from tests.tiny_models import VOCAB_SIZE, TinyModels
+from tests.tp_worker.plan_driver import Driver, build_runner, run
+
+pytestmark = pytest.mark.gpu
+
+PROMPT = [0, 17, 43, 99, 250, 17, 8, 301, 64, 17, 120]
+GREEDY = SamplingParams(temperature=0.0)
+SAMPLED = SamplingParams(
+    temperature=1.1,
+    top_k=40,
+    top_p=0.95,
+    min_p=0.01,
+    seed=12,
+    repetition_penalty=1.2,
+    frequency_penalty=0.5,
+    min_new_tokens=3,
+)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_models: TinyModels) -> Path:
+    return tiny_models.model("llama")
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Any operation that waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def decode_twice(model_dir: Path, device: str, count: int) -> list[list[int]]:
+    """Tokens of a greedy and of a sampled sequence, side by side."""
+    runner, driver = build_runner(model_dir, device), Driver(VOCAB_SIZE)
+    driver.take_slot(1, GREEDY, PROMPT)
+    driver.take_slot(3, SAMPLED, PROMPT, stop_ids=[1, 2])
+    outputs = [run(runner, driver.plan([(1, 0, PROMPT), (3, 0, PROMPT)], num_top=3))]
+    for step in range(count - 1):
+        starts = {1: len(PROMPT) + step, 3: len(PROMPT) + step}
+        outputs.append(run(runner, driver.decode(starts)))
+    return [unpack_i32(output.tokens).tolist() for output in outputs]
+
+
+def test_the_device_draws_what_the_cpu_draws(model_dir: Path) -> None:
+    on_device = decode_twice(model_dir, "cuda", 8)
+    assert on_device == decode_twice(model_dir, "cpu", 8)
+    reference = Reference(model_dir).generate(None, PROMPT, 8).tokens
+    assert [greedy for greedy, _ in on_device] == reference
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_step_never_waits_for_the_device(model_dir: Path) -> None:
+    torch.cuda.set_sync_debug_mode("default")
+    runner, driver = build_runner(model_dir, "cuda"), Driver(VOCAB_SIZE)
+    driver.take_slot(1, GREEDY, PROMPT)
+    run(runner, driver.plan([(1, 0, PROMPT)]))  # what is made once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    driver.take_slot(3, SAMPLED, PROMPT, stop_ids=[1, 2])
+    driver.share_prefix(1, 3, 9)
+    asked = [(1, PROMPT[10], 2)]
+    plans = [
+        driver.plan([(3, 9, PROMPT[9:]), (1, len(PROMPT), [-1])], num_top=3, prompt_lps=asked),
+        driver.decode({1: len(PROMPT) + 1, 3: len(PROMPT)}),
+    ]
+    pending = [runner.execute(plan) for plan in plans]
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    outputs: list[ForwardOutput] = [one.output() for one in pending if one is not None]
+    assert [len(unpack_i32(output.tokens)) for output in outputs] == [2, 2]
+
+
+def test_the_rings_come_round_and_grow() -> None:
+    device = torch.device("cuda")
+    upload, download = Upload(device), Download(device)
+    for size in (3, 70_000, 5, 200_000, 1, 8)[: RING + 2]:
+        values = torch.arange(size, dtype=torch.int32)
+        host, uploaded = upload(values.numpy().tobytes())
+        columns = download({"a": uploaded.int(), "b": uploaded.float()[:1]})
+        while not columns.ready():
+            pass
+        assert torch.equal(host, values)
+        assert columns.to_bytes() == {"a": values.numpy().tobytes(), "b": b"\0\0\0\0"}
