@@ -236,20 +236,18 @@ class Supervisor:
     # ---- ending ---------------------------------------------------------------------------------------------------
 
     def _end_orderly(self) -> None:
-        """The front answers what waits, then the engine ends, then what is left is killed (by `run`)."""
+        """The front answers what waits, the scheduler ends the engine. What does not end in time is killed by `run`."""
         logger.info("shutting down")
-        serving = "scheduler" in self._ready
         self._tell("front", Shutdown())
-        if not serving:  # nothing runs that could need an orderly end; a worker that loads would not listen
-            self._kill_all_but("front")
-        self._await_exits({"front"})
-        if serving:
+        if "scheduler" in self._ready:
             self._tell("scheduler", Shutdown())
             self._await_exits(set(self._children))
+        else:  # a worker that loads would not listen
+            self._kill_all_but("front")
+            self._await_exits({"front"})
 
     def _end_after(self, failure: ErrorInfo) -> None:
         """Workers that wait for a dead peer in a collective never listen: kill all; the front answers honestly."""
-        logger.error("the server ends: %s", failure.message)
         self._kill_all_but("front")
         self._tell("front", EngineFailed(failure))
         self._await_exits({"front"})

@@ -190,6 +190,8 @@ class SchedulerProcess:
         scheduler = self._scheduler
         if self._supervisor.socket in ready:
             self._handle_supervisor()
+        if self._stopping:  # the front listens no longer
+            return
         for pipe in self._workers:
             if pipe.socket in ready:
                 for message in pipe.drain():
