@@ -210,7 +210,7 @@ class TokenizerManager:
                         self.tokenizer,
                         started_at=started_at,
                         stream=stream,
-                        index=len(sequences) if call.answers_list else None,
+                        index=len(sequences) if stream and call.answers_list else None,
                     )
                 )
         running = RunningCall(sequences, stream=stream)

@@ -17,7 +17,7 @@ from manylora.runtime.http_common import HttpState
 from manylora.runtime.http_server import serving
 from manylora.runtime.launch import bind
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
-from tests.tokenizer_manager.fake_scheduler import FakeScheduler, fake_scheduler, server_info
+from tests.tokenizer_manager.fake_scheduler import FakeScheduler, fake_pair
 
 
 @dataclass
@@ -69,12 +69,12 @@ async def served(tokenizer_dir: Path, *, started: bool = True) -> AsyncIterator[
     listener = bind("127.0.0.1", 0)
     listener.setblocking(False)
     config = ServerConfig(model=ModelArgs(model_path="org/base", served_model_name="base"))
-    async with fake_scheduler() as (scheduler, pipe):
+    async with fake_pair() as (scheduler, pipe):
         manager = TokenizerManager(pipe)
         state = HttpState(config, manager)
         try:
             if started:
-                scheduler.pipe.send(server_info(tokenizer_dir))
+                await scheduler.announce(tokenizer_dir)
                 await manager.start()
                 state.ready = True
             base = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -88,6 +88,11 @@ class FakeScheduler:
     def aborted(self) -> list[int]:
         return [handle for m in self.received if isinstance(m, Abort) for handle in unpack_i64(m.handles)]
 
+    async def announce(self, tokenizer_dir: Path) -> None:
+        """Say ServerInfo, once the front is connected: the end that binds cannot send before."""
+        await until(lambda: self.pipe.socket.poll(0, zmq.POLLOUT))
+        self.pipe.send(server_info(tokenizer_dir))
+
     async def run(self) -> None:
         while True:
             for message in self.pipe.drain():
@@ -237,25 +242,34 @@ def server_info(tokenizer_dir: Path) -> ServerInfo:
 
 
 @asynccontextmanager
-async def fake_scheduler() -> AsyncIterator[tuple[FakeScheduler, Pipe[FrontToScheduler, SchedulerToFront]]]:
-    """A fake at work, and the front's end of its pipe. It has not said ServerInfo yet."""
+async def fake_scheduler(run_dir: Path, context: zmq.Context[Any]) -> AsyncIterator[FakeScheduler]:
+    """A fake at work at its end of pipe "front". It has not said ServerInfo yet."""
+    address = pipe_address(run_dir, "front")
+    pipe = Pipe(context, address, bind=True, sends=SchedulerToFront, receives=FrontToScheduler)
+    scheduler = FakeScheduler(pipe)
+    work = asyncio.create_task(scheduler.run())
+    try:
+        yield scheduler
+        if work.done():
+            work.result()
+    finally:
+        work.cancel()
+        pipe.close()
+
+
+@asynccontextmanager
+async def fake_pair() -> AsyncIterator[tuple[FakeScheduler, Pipe[FrontToScheduler, SchedulerToFront]]]:
+    """A fake at work, and the front's end of its pipe."""
     context: zmq.Context[Any] = zmq.Context()
     with TemporaryDirectory(prefix="ml-") as run_dir:
-        address = pipe_address(run_dir, "front")
-        ours = Pipe(context, address, bind=True, sends=SchedulerToFront, receives=FrontToScheduler)
-        theirs = Pipe(context, address, bind=False, sends=FrontToScheduler, receives=SchedulerToFront)
-        ours.socket.poll(5000, zmq.POLLOUT)  # the binding end has nowhere to send to before its peer is there
-        scheduler = FakeScheduler(ours)
-        work = asyncio.create_task(scheduler.run())
-        try:
-            yield scheduler, theirs
-            if work.done():
-                work.result()
-        finally:
-            work.cancel()
-            ours.close()
-            theirs.close()
-            context.term()
+        async with fake_scheduler(Path(run_dir), context) as scheduler:
+            address = pipe_address(run_dir, "front")
+            pipe = Pipe(context, address, bind=False, sends=FrontToScheduler, receives=SchedulerToFront)
+            try:
+                yield scheduler, pipe
+            finally:
+                pipe.close()
+        context.term()
 
 
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:

@@ -34,9 +34,8 @@ from tests.tokenizer_manager.fake_scheduler import (
     CONTEXT_LENGTH,
     VOCAB_SIZE,
     FakeScheduler,
-    fake_scheduler,
+    fake_pair,
     in_loop,
-    server_info,
     until,
 )
 from tests.tokenizer_manager.tiny_tokenizer import BOS_ID, EOS_ID, EOT_ID, save_byte_level
@@ -49,10 +48,10 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def managed(tokenizer_dir: Path) -> AsyncIterator[tuple[TokenizerManager, FakeScheduler]]:
-    async with fake_scheduler() as (scheduler, pipe):
+    async with fake_pair() as (scheduler, pipe):
         manager = TokenizerManager(pipe)
         try:
-            scheduler.pipe.send(server_info(tokenizer_dir))
+            await scheduler.announce(tokenizer_dir)
             await manager.start()
             yield manager, scheduler
         finally:
@@ -122,7 +121,7 @@ async def test_samples_of_one_prompt_lie_together(tokenizer_dir: Path) -> None:
         ]
         answers = await manager.generate(GenerateCall(prompts, as_list=True))
         assert [answer.output_ids for answer in answers] == [[10], [20], [20], [30]]
-        assert [answer.index for answer in answers] == [0, 1, 2, 3]
+        assert not any("index" in answer.to_dict() for answer in answers)
         assert [answer.meta_info.id for answer in answers] == ["a", "b_0", "b_1", "c"]
 
 
@@ -476,19 +475,19 @@ async def test_a_broken_pipe_is_a_failure(tokenizer_dir: Path) -> None:
 
 @in_loop
 async def test_nothing_before_server_info(tokenizer_dir: Path) -> None:
-    async with fake_scheduler() as (scheduler, pipe):
+    async with fake_pair() as (scheduler, pipe):
         manager = TokenizerManager(pipe)
         with pytest.raises(NotReadyError):
             await manager.generate(one())
         starting = asyncio.create_task(manager.start())
-        scheduler.pipe.send(server_info(tokenizer_dir))
+        await scheduler.announce(tokenizer_dir)
         assert (await starting).context_length == CONTEXT_LENGTH
         manager.close()
 
 
 @in_loop
 async def test_a_failure_ends_the_start(tokenizer_dir: Path) -> None:
-    async with fake_scheduler() as (_, pipe):
+    async with fake_pair() as (_, pipe):
         manager = TokenizerManager(pipe)
         starting = asyncio.create_task(manager.start())
         await asyncio.sleep(0)
