@@ -39,12 +39,12 @@ def reference(model_dir: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def logits_of(model_dir: Path) -> LogitsOf:
-    """Token ids -> (1, vocab): transformers' logits for the next token."""
+    """Token ids -> (tokens, vocab): what transformers says after each."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
     def logits(ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0, -1:]
+            return model(torch.tensor([ids])).logits[0]
 
     return logits
 
@@ -120,7 +120,7 @@ def penalised_greedy(logits_of: LogitsOf, params: SamplingParams, prompt: list[i
     drawn: list[int] = []
     for _ in range(count):
         ids = prompt + drawn
-        logits = repetition(torch.tensor([ids]), logits_of(ids))
+        logits = repetition(torch.tensor([ids]), logits_of(ids)[-1:])
         for token in set(drawn):
             logits[0, token] -= params.frequency_penalty * drawn.count(token) + params.presence_penalty
         drawn.append(int(logits.argmax()))
@@ -174,18 +174,18 @@ def test_min_new_tokens_holds_stop_ids_back(
     driver.take_slot(2, SamplingParams(temperature=0.0, min_new_tokens=2), PROMPT, stop_ids=stop_ids)
     held = generate(runner, driver, 2, PROMPT, 3)
     for drawn in range(2):
-        logits = logits_of(PROMPT + held[:drawn])
+        logits = logits_of(PROMPT + held[:drawn])[-1:]
         logits[:, stop_ids] = -torch.inf
         assert held[drawn] == int(logits.argmax())
-    assert held[2] == int(logits_of(PROMPT + held[:2]).argmax())
+    assert held[2] == int(logits_of(PROMPT + held[:2])[-1].argmax())
 
 
-def test_logprobs_are_the_models_own(runner: ModelRunner, driver: Driver, reference: Reference) -> None:
+def test_logprobs_are_the_models_own(runner: ModelRunner, driver: Driver, logits_of: LogitsOf) -> None:
     runner._prompt_chunk = 3  # so that the prompt takes several
     driver.take_slot(0, SamplingParams(temperature=3.0, seed=5, presence_penalty=1.0), PROMPT)
     asked = [(index, PROMPT[index + 1], 2) for index in range(2, len(PROMPT) - 1)]
     output = run(runner, driver.plan([(0, 0, PROMPT)], num_top=4, prompt_lps=asked))
-    expected = reference.logprobs(None, PROMPT)
+    expected = logits_of(PROMPT).log_softmax(-1)
     token = tokens_of(output)[0]
     _close(output.logprobs, expected[-1, token])
     _close(output.top_logprobs, expected[-1].topk(4).values)
@@ -216,7 +216,7 @@ def test_seeded_draws_depend_on_nothing_but_the_request(
         position = torch.tensor([len(ids)])
         seed = (torch.tensor([3]), torch.tensor([2**8]))
         drawn = sample(
-            logits_of(ids),
+            logits_of(ids)[-1:],
             torch.tensor([1.3]),
             torch.tensor([50]),
             torch.tensor([0.9]),
