@@ -19,7 +19,7 @@ import uvloop
 import zmq
 
 from manylora.runtime.api_types import GenerateBody, LoadAdapterBody, UnloadAdapterBody, convert_body
-from manylora.runtime.errors import ErrorInfo, ManyloraError, ShuttingDownError, error_from
+from manylora.runtime.errors import BadRequestError, ErrorInfo, ManyloraError, ShuttingDownError, error_from
 from manylora.runtime.flags import config_from_kwargs
 from manylora.runtime.ipc import Pipe, pipe_address
 from manylora.runtime.launch import launch
@@ -87,6 +87,8 @@ class Engine:
         `prompt` is another name of `text`. With `stream` an iterator of dictionaries, each with all of one answer's
         text so far; closing it aborts what still runs.
         """
+        if text is not None and prompt is not None:
+            raise BadRequestError("text and prompt are two names of one value; give one.", param="prompt")
         fields = {
             "text": text if prompt is None else prompt,
             "input_ids": input_ids,

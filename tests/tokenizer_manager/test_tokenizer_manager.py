@@ -1,77 +1,33 @@
-"""TokenizerManager against a scheduler at the other end of a real pipe."""
+"""Whole answers, aborts, administration and failure, against a scheduler at the other end of a real pipe."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from manylora.runtime.errors import (
-    AdapterNotFoundError,
-    BadRequestError,
     BusyError,
     ContextLengthError,
     ManyloraError,
-    NonFiniteLogitsError,
     NotReadyError,
     ProtocolError,
-    QueueFullError,
     WorkerCrashedError,
 )
-from manylora.runtime.messages import GenerateReq, StepOutput, Submit, pack_i32, pack_i64
+from manylora.runtime.messages import GenerateReq, Submit, pack_i32
 from manylora.runtime.sampling_params import SamplingParams
-from manylora.tokenizer_manager.answer import Aborted, Answer, Length, Stop
+from manylora.tokenizer_manager.answer import Aborted, Length
 from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt
 from manylora.tokenizer_manager.tokenizer_manager import INLINE_CHARACTERS, TokenizerManager
 from tests.tokenizer_manager.fake_scheduler import (
     CACHED_TOKENS,
     CONTEXT_LENGTH,
-    VOCAB_SIZE,
-    FakeScheduler,
     fake_pair,
     in_loop,
     until,
 )
-from tests.tokenizer_manager.tiny_tokenizer import BOS_ID, EOS_ID, EOT_ID, save_byte_level
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_byte_level(tmp_path_factory.mktemp("tokenizer"), VOCAB_SIZE)
-
-
-@asynccontextmanager
-async def managed(tokenizer_dir: Path) -> AsyncIterator[tuple[TokenizerManager, FakeScheduler]]:
-    async with fake_pair() as (scheduler, pipe):
-        manager = TokenizerManager(pipe)
-        try:
-            await scheduler.announce(tokenizer_dir)
-            await manager.start()
-            yield manager, scheduler
-        finally:
-            manager.close()
-
-
-def one(text: str = "Paris.", *, rid: str = "a", lora_name: str | None = None, **params: Any) -> GenerateCall:
-    return GenerateCall([Prompt(rid, SamplingParams(**params), text=text, lora_name=lora_name)])
-
-
-def ids_of(manager: TokenizerManager, text: str) -> list[int]:
-    """Without BOS."""
-    return manager.tokenizer.encode([text])[0][1:]
-
-
-async def collect(manager: TokenizerManager, call: GenerateCall) -> list[Answer]:
-    return [answer async for answers in manager.stream(call) for answer in answers]
-
-
-# ---- whole answers --------------------------------------------------------------------------------------------------
+from tests.tokenizer_manager.managed import collect, ids_of, managed, one
 
 
 @in_loop
@@ -149,244 +105,6 @@ async def test_a_long_text_is_tokenized_beside_the_loop(tokenizer_dir: Path) -> 
         text = "The capital of France is Paris. " * (INLINE_CHARACTERS // 16)
         with pytest.raises(ContextLengthError, match=r"The prompt has \d+ tokens"):
             await manager.generate(one(text))
-
-
-# ---- ends -----------------------------------------------------------------------------------------------------------
-
-
-@in_loop
-async def test_stop_id_is_counted_and_not_shown(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        ids = ids_of(manager, "Paris.")
-        scheduler.answer = lambda _: [*ids, EOS_ID]
-        [answer] = await manager.generate(one(skip_special_tokens=False))
-        assert (answer.text, answer.output_ids) == ("Paris.", [*ids, EOS_ID])
-        assert answer.meta_info.finish_reason == Stop(EOS_ID)
-        [answer] = await manager.generate(one(skip_special_tokens=False, no_stop_trim=True))
-        assert answer.text == "Paris.<|eos|>"
-        [answer] = await manager.generate(one(stop_token_ids=[ids[0]]))
-        assert (answer.text, answer.output_ids) == ("", ids[:1])
-        assert answer.meta_info.finish_reason == Stop(ids[0])
-        assert scheduler.aborted == []
-
-
-@in_loop
-async def test_stop_string_across_tokens_cuts_everything_at_the_match(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        ids = [manager.tokenizer.pieces.index(bytes([byte])) for byte in "say 日本, then more".encode()]
-        scheduler.answer = lambda _: [*ids, *ids]
-        params = SamplingParams(stop=["never", "日本"], max_new_tokens=30)
-        prompt = Prompt("a", params, text="x", return_logprob=True, top_logprobs_num=2)
-        [answer] = await manager.generate(GenerateCall([prompt]))
-        count = len("say 日本".encode())
-        assert answer.text == "say "
-        assert answer.output_ids == ids[:count]
-        assert answer.meta_info.finish_reason == Stop("日本")
-        assert answer.meta_info.completion_tokens == count
-        assert [triple[1] for triple in answer.meta_info.output_token_logprobs or ()] == ids[:count]
-        assert len(answer.meta_info.output_top_logprobs or ()) == count
-        await until(lambda: scheduler.aborted == [1])
-        assert not scheduler.running
-
-        [answer] = await manager.generate(one(stop="日本", no_stop_trim=True, rid="b"))
-        assert answer.text == "say 日本"
-
-
-@in_loop
-async def test_stop_string_overrides_an_end_found_meanwhile(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        ids = ids_of(manager, "Paris.")
-        scheduler.tokens_per_step = len(ids) + 1
-        scheduler.answer = lambda _: [*ids, EOS_ID]
-        for max_new_tokens in (len(ids), None):
-            [answer] = await manager.generate(one(stop="ar", max_new_tokens=max_new_tokens))
-            assert answer.text == "P"
-            assert answer.meta_info.finish_reason == Stop("ar")
-            assert manager.tokenizer.decode(answer.output_ids).count("ar") == 1
-            assert manager.tokenizer.decode(answer.output_ids[:-1]).count("ar") == 0
-        assert scheduler.aborted == []  # it had ended them itself
-
-
-@in_loop
-async def test_no_stop_string_before_min_new_tokens(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        x, y = (manager.tokenizer.pieces.index(char) for char in (b"x", b"y"))
-        scheduler.answer = lambda _: [x, y] * 20
-        [answer] = await manager.generate(one(stop="x", min_new_tokens=4))
-        assert answer.text == "xyxy"
-        assert answer.output_ids == [x, y, x, y, x]
-
-
-@in_loop
-async def test_half_a_character_at_the_end(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        bytes_of_e = [manager.tokenizer.pieces.index(bytes([byte])) for byte in "é".encode()]
-        scheduler.answer = lambda _: bytes_of_e
-        [answer] = await manager.generate(one(max_new_tokens=1))
-        assert answer.text == "\N{REPLACEMENT CHARACTER}" == manager.tokenizer.decode(answer.output_ids)
-
-
-@in_loop
-async def test_an_error_ends_the_whole_call(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        scheduler.failing_token = (2, NonFiniteLogitsError("the logits are not finite"))
-        with pytest.raises(NonFiniteLogitsError, match="not finite"):
-            await manager.generate(one())
-        with pytest.raises(NonFiniteLogitsError):
-            await collect(manager, one(n=3))
-        scheduler.failing_token = None
-        assert len(await manager.generate(one())) == 1  # the same rid is free again
-
-
-# ---- streams --------------------------------------------------------------------------------------------------------
-
-
-@in_loop
-async def test_stream_grows_to_the_whole_answer(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        text = "日本の首都は東京です。 🙂 naïve"
-        scheduler.answer = lambda _: ids_of(manager, text)
-        call = one(max_new_tokens=len(ids_of(manager, text)))
-        parts = await collect(manager, call)
-        assert len(parts) > 5
-        for earlier, later in pairwise(parts):
-            assert later.text.startswith(earlier.text)
-            assert earlier.meta_info.finish_reason is None
-            assert "\N{REPLACEMENT CHARACTER}" not in earlier.text
-        assert parts[-1].text == text
-        assert parts[-1].meta_info.finish_reason == Length(len(parts[-1].output_ids))
-
-
-@in_loop
-async def test_stream_never_shows_a_part_of_a_stop_string(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        letters = [manager.tokenizer.pieces.index(char.encode()) for char in "one two three END four"]
-        scheduler.answer = lambda _: letters
-        parts = await collect(manager, one(stop=[" END", " thx"]))
-        texts = [part.text for part in parts]
-        assert texts[-1] == "one two three"
-        assert "one two" in texts
-        assert not any(text.endswith((" ", "E", "EN", " t", " th")) for text in texts)
-        assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
-
-
-@in_loop
-async def test_slow_reader_gets_fewer_and_longer_parts(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, _):
-        count = 0
-        last: list[Answer] = []
-        async for answers in manager.stream(one(max_new_tokens=40)):
-            count, last = count + 1, answers
-            await asyncio.sleep(0.05)
-        assert last[0].meta_info.completion_tokens == 40
-        assert count < 20
-
-
-@in_loop
-async def test_a_caller_that_leaves_aborts_what_runs(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        async with contextlib.aclosing(manager.stream(one(n=2))) as answers:
-            await anext(answers)
-        await until(lambda: scheduler.aborted == [1, 2])
-
-        scheduler.held = True
-        waiting = asyncio.create_task(manager.generate(one()))
-        await until(lambda: 3 in scheduler.running)
-        waiting.cancel()
-        await until(lambda: scheduler.aborted == [1, 2, 3])
-
-
-@in_loop
-async def test_late_tokens_are_dropped(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        scheduler.held = True
-        waiting = asyncio.create_task(manager.generate(one()))
-        await until(lambda: 1 in scheduler.running)
-        waiting.cancel()
-        await until(lambda: scheduler.aborted == [1])
-        scheduler.pipe.send(StepOutput(pack_i64([1, 99]), pack_i32([5, 5])))
-        scheduler.held = False
-        [answer] = await manager.generate(one(max_new_tokens=1))
-        assert answer.meta_info.completion_tokens == 1
-
-
-# ---- refusals -------------------------------------------------------------------------------------------------------
-
-REFUSED = [
-    (Prompt("a", SamplingParams(), text=""), "text cannot be empty"),
-    (Prompt("a", SamplingParams(), input_ids=[]), "input_ids cannot be empty"),
-    (Prompt("a", SamplingParams(), input_ids=[1, VOCAB_SIZE]), f"input_ids holds {VOCAB_SIZE}"),
-    (Prompt("a", SamplingParams(), input_ids=[-1]), "input_ids holds -1"),
-    (Prompt("a", SamplingParams(top_p=0.0), text="x"), "top_p must be in"),
-    (Prompt("a", SamplingParams(stop="x" * 1025), text="x"), "at most 1024 characters"),
-    (Prompt("a", SamplingParams(stop_token_ids=[1] * 64), text="x"), "stop_token_ids takes at most 63 ids"),
-    (Prompt("a", SamplingParams(seed=1, sampling_seed=2), text="x"), "two names of one value"),
-    (Prompt("a", SamplingParams(), text="x", top_logprobs_num=-1), "top_logprobs_num must be in"),
-    (Prompt("a", SamplingParams(), text="x", top_logprobs_num=129), "top_logprobs_num must be in"),
-    (Prompt("a", SamplingParams(), input_ids=[5, 5], logprob_start_len=2), "logprob_start_len must be in"),
-    (Prompt("a", SamplingParams(), input_ids=[5], logprob_start_len=-2), "logprob_start_len must be in"),
-]
-
-
-@pytest.mark.parametrize(("prompt", "message"), REFUSED, ids=[message for _, message in REFUSED])
-@in_loop
-async def test_refused_before_the_scheduler(tokenizer_dir: Path, prompt: Prompt, message: str) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        good = Prompt("good", SamplingParams(), text="x")
-        with pytest.raises(BadRequestError, match=message):
-            await manager.generate(GenerateCall([good, prompt], as_list=True))
-        await manager.state()
-        assert not any(isinstance(message, Submit) for message in scheduler.received)
-
-
-@pytest.mark.parametrize(
-    ("num_ids", "params", "message"),
-    [
-        (CONTEXT_LENGTH, {}, "leaves no room in the model's context of 256 tokens"),
-        (CONTEXT_LENGTH + 1, {"max_new_tokens": 0}, "leaves no room"),
-        (200, {"max_new_tokens": 57}, "together 257, more than the model's context of 256 tokens"),
-        (200, {"min_new_tokens": 57}, "min_new_tokens is 57"),
-    ],
-)
-@in_loop
-async def test_context_is_never_exceeded(
-    tokenizer_dir: Path, num_ids: int, params: dict[str, Any], message: str
-) -> None:
-    async with managed(tokenizer_dir) as (manager, _):
-        prompt = Prompt("a", SamplingParams(**params), input_ids=[5] * num_ids)
-        with pytest.raises(ContextLengthError, match=message):
-            await manager.generate(GenerateCall([prompt]))
-
-
-@in_loop
-async def test_refused_by_the_scheduler(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        with pytest.raises(AdapterNotFoundError, match="not loaded: ghost") as refused:
-            await manager.generate(one(lora_name="ghost"))
-        assert refused.value.info().status == 400
-        scheduler.refusal = QueueFullError("the queue is full")
-        with pytest.raises(QueueFullError):
-            await collect(manager, one())
-        await manager.state()
-        assert scheduler.aborted == []
-
-
-@in_loop
-async def test_request_ids_are_unique_while_they_run(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        with pytest.raises(BadRequestError, match="Duplicate request ID detected: same"):
-            await manager.generate(GenerateCall([*one(rid="same").prompts, *one(rid="same").prompts]))
-        scheduler.held = True
-        waiting = asyncio.create_task(manager.generate(one(rid="busy", max_new_tokens=1)))
-        await until(lambda: scheduler.running)
-        with pytest.raises(BadRequestError, match="Duplicate request ID detected: busy"):
-            await manager.generate(one(rid="busy"))
-        scheduler.held = False
-        await waiting
-        await manager.generate(one(rid="busy", max_new_tokens=1))
-
-
-# ---- aborts, administration, failure --------------------------------------------------------------------------------
 
 
 @in_loop
@@ -494,45 +212,3 @@ async def test_a_failure_ends_the_start(tokenizer_dir: Path) -> None:
         manager.fail(WorkerCrashedError("no memory"))
         with pytest.raises(WorkerCrashedError, match="no memory"):
             await starting
-
-
-# ---- logprobs -------------------------------------------------------------------------------------------------------
-
-
-@in_loop
-async def test_logprob_triples(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, _):
-        prompt = Prompt(
-            "a",
-            SamplingParams(max_new_tokens=2),
-            input_ids=[BOS_ID, 40, 50],
-            return_logprob=True,
-            top_logprobs_num=2,
-            logprob_start_len=0,
-        )
-        [answer] = await manager.generate(GenerateCall([prompt]))
-        meta = answer.meta_info
-        assert meta.input_token_logprobs == [(None, BOS_ID, None), (-20.0, 40, None), (-25.0, 50, None)]
-        assert meta.output_token_logprobs == [(-20.0, 40, None), (-25.0, 50, None)]
-        best: list[Any] = [(0.0, 0, None), (-0.5, 1, None)]
-        assert meta.input_top_logprobs == [None, best, best]
-        assert meta.output_top_logprobs == [best, best]
-
-
-@in_loop
-async def test_logprobs_of_the_answer_only_and_with_text(tokenizer_dir: Path) -> None:
-    async with managed(tokenizer_dir) as (manager, scheduler):
-        x = manager.tokenizer.pieces.index(b"x")
-        scheduler.answer = lambda _: [x, EOT_ID]
-        prompt = Prompt(
-            "a",
-            SamplingParams(max_new_tokens=2),
-            text="y",
-            return_logprob=True,
-            return_text_in_logprobs=True,
-        )
-        [answer] = await manager.generate(GenerateCall([prompt]))
-        meta = answer.to_dict()["meta_info"]
-        assert meta["input_token_logprobs"] == []
-        assert meta["output_token_logprobs"] == [(-x / 2, x, "x"), (-EOT_ID / 2, EOT_ID, "<|eot|>")]
-        assert "output_top_logprobs" not in meta
