@@ -173,7 +173,9 @@ class FakeWorker:
         for flight in self.flights:
             assert not flight.pages & pages, "a step in flight touches pages of a copy"
             assert not flight.slices & slices, "a step in flight reads slice rows of a copy"
-        self.adapter_pages = {page: owner for page, owner in self.adapter_pages.items() if owner[0] != version}
+        self.adapter_pages = {
+            page: owner for page, owner in self.adapter_pages.items() if owner[0] != version
+        }
         for index, page in enumerate(unpack_i32(message.pages)):
             for other in self.copyings:
                 assert self.adapter_pages.get(page, (0, 0))[0] != other, "two copies into one page"

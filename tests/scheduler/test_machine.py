@@ -78,13 +78,17 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
-    @rule(prompt=prompts.filter(bool), lora=st.sampled_from((None, *NAMES)), params=request_params())
+    @rule(
+        prompt=prompts.filter(bool),
+        lora=st.sampled_from((None, "a", "b", "a", "b", *NAMES)),
+        params=request_params(),
+    )
     def submit(self, prompt: list[int], lora: str | None, params: dict[str, Any]) -> None:
         self._submit(prompt, lora, params)
 
     @rule(
         prompt=st.sampled_from(STEMS[1:]),
-        loras=st.lists(st.sampled_from((None, *NAMES)), min_size=2, max_size=6),
+        loras=st.lists(st.sampled_from((None, "a", "b", *NAMES)), min_size=2, max_size=6),
         params=request_params(),
     )
     def submit_burst(self, prompt: list[int], loras: list[str | None], params: dict[str, Any]) -> None:

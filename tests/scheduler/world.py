@@ -305,15 +305,15 @@ class World:
         """Let everything under way end."""
         for _ in range(limit):
             self.schedule()
+            if self.scheduler.idle:
+                self.scheduler.check()
+                return
             while self.jobs:
                 self.finish_job()
             while self.acks():
                 self.ack()
             if self.worker.flights:
                 self.complete_step()
-            elif self.scheduler.idle:
-                self.scheduler.check()
-                return
         raise AssertionError("no progress")
 
     def run(self, *sequences: Expected) -> list[list[int]]:
