@@ -15,7 +15,7 @@ from manylora.runtime.errors import (
     ProtocolError,
     WorkerCrashedError,
 )
-from manylora.runtime.messages import GenerateReq, Submit, pack_i32
+from manylora.runtime.messages import GenerateReq, StepOutput, Submit, pack_i32, pack_i64
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.answer import Aborted, Length
 from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt
@@ -189,6 +189,20 @@ async def test_a_broken_pipe_is_a_failure(tokenizer_dir: Path) -> None:
         with pytest.raises(ProtocolError, match="a frame of 7 bytes"):
             await waiting
         assert manager.failure is not None
+
+
+@in_loop
+async def test_a_fault_of_ours_leaves_nobody_waiting(
+    tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with managed(tokenizer_dir) as (manager, scheduler):
+        scheduler.held = True
+        waiting = asyncio.create_task(manager.generate(one()))
+        await until(lambda: scheduler.running)
+        scheduler.pipe.send(StepOutput(pack_i64([1, 1]), pack_i32([5])))
+        with pytest.raises(ManyloraError, match="Internal error"):
+            await waiting
+        assert "could not be applied" in caplog.text
 
 
 @in_loop
