@@ -79,7 +79,7 @@ def run_child(role: str, argv: list[str], main: Callable[[ServerConfig, ChildCon
 
     `main` closes what must be closed: there is no interpreter teardown (no atexit). `argv` is the config file followed by what `main` finds in `context.args`.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what an interrupt means, the supervisor decides
     faulthandler.enable()
     config = msgspec.json.decode(Path(argv[0]).read_bytes(), type=ServerConfig)
     _die_with_parent(config.supervisor_pid)

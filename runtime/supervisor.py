@@ -204,7 +204,7 @@ class Supervisor:
         self._start("scheduler")
         self._start("loader")
         for rank in range(tp_size):
-            num_threads = max(1, (os.cpu_count() or 1) // tp_size)
+            num_threads = max(1, len(os.sched_getaffinity(0)) // tp_size)
             self._start(f"worker{rank}", str(rank), num_threads=num_threads)
 
     def _restart_loader(self, dead: ChildProcess) -> bool:
