@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -25,6 +26,7 @@ GREEDY = SamplingParams(temperature=0.0)
 PROMPT = [0, 17, 43, 99, 250, 17, 8, 301, 64, 17, 120]
 LogitsOf = Callable[[list[int]], torch.Tensor]
 OTHER = [0, 5, 5, 77, 200, 31]
+LOOPING = [0, 244, 183, 298, 111, 258, 71, 144, 71]
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +132,11 @@ def penalised_greedy(logits_of: LogitsOf, params: SamplingParams, prompt: list[i
 @pytest.mark.parametrize(
     "params",
     [
-        SamplingParams(temperature=0.0, repetition_penalty=1.8),
-        SamplingParams(temperature=0.0, frequency_penalty=1.5),
-        SamplingParams(temperature=0.0, presence_penalty=2.0),
-        SamplingParams(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-1.0),
+        # A random model hardly repeats itself, so penalties that ask for repetition are the ones that bite.
+        SamplingParams(temperature=0.0, repetition_penalty=0.5),
+        SamplingParams(temperature=0.0, frequency_penalty=-2.0),
+        SamplingParams(temperature=0.0, presence_penalty=-2.0),
+        SamplingParams(temperature=0.0, repetition_penalty=0.6, frequency_penalty=-0.5, presence_penalty=2.0),
     ],
 )
 def test_penalties_beside_a_row_without(
@@ -143,14 +146,15 @@ def test_penalties_beside_a_row_without(
     logits_of: LogitsOf,
     params: SamplingParams,
 ) -> None:
-    driver.take_slot(4, params, PROMPT)
+    driver.take_slot(4, params, LOOPING)
     driver.take_slot(5, GREEDY, OTHER)
-    drawn = [tokens_of(run(runner, driver.plan([(4, 0, PROMPT), (5, 0, OTHER)])))]
+    drawn = [tokens_of(run(runner, driver.plan([(4, 0, LOOPING), (5, 0, OTHER)])))]
     for step in range(11):
-        starts = {4: len(PROMPT) + step, 5: len(OTHER) + step}
+        starts = {4: len(LOOPING) + step, 5: len(OTHER) + step}
         drawn.append(tokens_of(run(runner, driver.decode(starts))))
     penalised = [both[0] for both in drawn]
-    assert penalised == penalised_greedy(logits_of, params, PROMPT, 12)
+    assert penalised == penalised_greedy(logits_of, params, LOOPING, 12)
+    assert penalised != reference.generate(None, LOOPING, 12).tokens
     assert [both[1] for both in drawn] == reference.generate(None, OTHER, 12).tokens
 
 
@@ -168,16 +172,24 @@ def test_a_preempted_sequence_continues_as_if_nothing_had_happened(
 def test_min_new_tokens_holds_stop_ids_back(
     runner: ModelRunner, driver: Driver, reference: Reference, logits_of: LogitsOf
 ) -> None:
-    free = reference.generate(None, PROMPT, 2).tokens
-    stop_ids = [free[0], 300, free[1]]
+    stop_ids = reference.generate(None, PROMPT, 2).tokens
+    expected: list[int] = []
+    for _ in range(2):
+        logits = logits_of(PROMPT + expected)[-1]
+        logits[stop_ids] = -torch.inf
+        expected.append(int(logits.argmax()))
+    third = int(logits_of(PROMPT + expected)[-1].argmax())
+    assert third not in expected  # so that it may be a stop id too: held back so far, allowed from here on
     driver.take_slot(1, GREEDY, OTHER)
-    driver.take_slot(2, SamplingParams(temperature=0.0, min_new_tokens=2), PROMPT, stop_ids=stop_ids)
-    held = generate(runner, driver, 2, PROMPT, 3)
-    for drawn in range(2):
-        logits = logits_of(PROMPT + held[:drawn])[-1:]
-        logits[:, stop_ids] = -torch.inf
-        assert held[drawn] == int(logits.argmax())
-    assert held[2] == int(logits_of(PROMPT + held[:2])[-1].argmax())
+    params = SamplingParams(temperature=0.0, min_new_tokens=2)
+    driver.take_slot(2, params, PROMPT, stop_ids=[*stop_ids, third])
+    drawn = [tokens_of(run(runner, driver.plan([(2, 0, PROMPT), (1, 0, OTHER)])))]
+    for step in range(2):
+        # Another row that is still held back would keep the mask on for the whole step.
+        plan = driver.decode({2: len(PROMPT) + step, 1: len(OTHER) + step})
+        drawn.append(tokens_of(run(runner, msgspec.structs.replace(plan, min_new=True))))
+    assert [held for held, _ in drawn] == [*expected, third]
+    assert [free for _, free in drawn] == reference.generate(None, OTHER, 3).tokens
 
 
 def test_logprobs_are_the_models_own(runner: ModelRunner, driver: Driver, logits_of: LogitsOf) -> None:
