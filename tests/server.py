@@ -41,12 +41,7 @@ class Server:
         self.log_path = log_path
         self._shm_dirs: set[Path] = set()
         self.run_dir_base = Path(tempfile.mkdtemp(prefix="mlt-", dir="/tmp"))  # short: it will hold sockets
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY / ".pkg"),
-            "XDG_RUNTIME_DIR": str(self.run_dir_base),
-            "PYTHONUNBUFFERED": "1",
-        }
+        environment = {**environment_of_a_program(), "XDG_RUNTIME_DIR": str(self.run_dir_base)}
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "manylora.launch_server", "--port", str(self.port), *args],
@@ -222,6 +217,13 @@ def sse_events(response: http.client.HTTPResponse) -> Iterator[Any]:
                 return
             yield json.loads(data)
     raise AssertionError("the stream ended without [DONE]")
+
+
+def environment_of_a_program() -> dict[str, str]:
+    """This process's environment, for a Python that shall import the tree under test."""
+    inherited = os.environ.get("PYTHONPATH")
+    path = [str(REPOSITORY / ".pkg"), *([inherited] if inherited else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 def free_port() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from manylora.runtime.errors import (
 )
 from tests.conftest import processes_of_this_run
 from tests.reference import Reference, clear_prompts
-from tests.server import REPOSITORY
+from tests.server import environment_of_a_program
 from tests.tiny_models import TinyModels
 
 GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
@@ -133,7 +132,7 @@ def test_a_program_that_forgets_shutdown_ends_and_leaves_nothing(
     before = set(run_dir_base.iterdir())
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY / ".pkg")},
+        env=environment_of_a_program(),
         capture_output=True,
         text=True,
         timeout=90,
