@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from manylora.runtime.messages import AdapterState, State
+from manylora.runtime.messages import NO_VERSION, AdapterState, State
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
@@ -100,6 +100,8 @@ class Ledger:
             assert not version.num_running or version.device is DeviceCopy.RESIDENT
             assert (version.device is not DeviceCopy.NONE) == (version.id in memory.resident)
         assert set(leases) <= set(versions), "a lease on a dead version"
+        named_spaces = {namespace for namespace in memory.tree.namespaces() if namespace > NO_VERSION}
+        assert named_spaces <= set(versions), "prefixes of a dead version"
         slices = Counter(memory.slices.free_ids())
         host_pages = Counter(host.pool.free_ids())
         for version in versions.values():

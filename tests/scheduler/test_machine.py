@@ -55,13 +55,17 @@ def request_params(draw: st.DrawFn) -> dict[str, Any]:
 class SchedulerMachine(RuleBasedStateMachine):
     world: World
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.resident_pins: set[int] = set()
+
     @initialize(
         page_size=st.sampled_from((1, 2, 4)),
         num_pages=st.integers(9, 30),
         num_host_pages=st.integers(3, 8),
         num_slices=st.integers(2, 6),
         max_loras=st.integers(1, 3),
-        max_loaded=st.sampled_from((None, None, 1, 2)),
+        max_loaded=st.sampled_from((None, 1, 2)),
         max_running=st.integers(1, 6),
         chunk=st.integers(3, 16),
         tp_size=st.sampled_from((1, 2)),
@@ -128,10 +132,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         call = self.world.unload(name)
         assert known or call.reply.error is not None
 
-    @rule(path=st.sampled_from(PATHS[:3]), small=small)
-    def change_file(self, path: str, small: int) -> None:
-        if small == 0:
-            self.world.files[path].edition += 1
+    @rule(path=st.sampled_from(PATHS[:3]))
+    def change_file(self, path: str) -> None:
+        self.world.files[path].edition += 1
 
     @precondition(lambda self: self.world.jobs)
     @rule(data=st.data(), fail=small, careless=st.booleans())
@@ -182,6 +185,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.world.worker.max_rows <= self.world.max_running
         assert len(self.world.worker.flights) <= (2 if self.world.overlap else 1)
 
+    @invariant()
+    def pins_stay_resident(self) -> None:
+        adapters = self.world.state().adapters
+        resident = {adapter.version for adapter in adapters if adapter.pinned and adapter.tier == "resident"}
+        assert self.resident_pins & {adapter.version for adapter in adapters} <= resident
+        self.resident_pins = resident
+
     def teardown(self) -> None:
         if hasattr(self, "world"):
             self.world.settle(limit=3000)
@@ -195,7 +205,7 @@ def run_machine(examples: int, steps: int) -> None:
             max_examples=examples,
             stateful_step_count=steps,
             deadline=None,
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=tuple(HealthCheck),
             derandomize="MANYLORA_RANDOM" not in os.environ,
             database=None,
         ),

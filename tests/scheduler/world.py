@@ -358,6 +358,7 @@ class World:
                 call.reply = message
                 self.loaded = message.loaded
                 if call.kind == "load" and message.error is None:
+                    assert message.lora_version not in self.digests, "a version was reused"
                     self.names[call.name] = message.lora_version
                     self.digests[message.lora_version] = self.worker.digests[message.lora_version]
             case Done() | State():
