@@ -22,9 +22,9 @@ from tests.reference import Reference
 from tests.tiny_models import VOCAB_SIZE, TinyModels
 from tests.tp_worker.plan_driver import Driver, build_runner, run
 
+LogitsOf = Callable[[list[int]], torch.Tensor]
 GREEDY = SamplingParams(temperature=0.0)
 PROMPT = [0, 17, 43, 99, 250, 17, 8, 301, 64, 17, 120]
-LogitsOf = Callable[[list[int]], torch.Tensor]
 OTHER = [0, 5, 5, 77, 200, 31]
 LOOPING = [0, 244, 183, 298, 111, 258, 71, 144, 71]
 
