@@ -86,7 +86,6 @@ class Lessons:
                 self.held_out_of_adapters.append(task)
             else:
                 self.taught.append(task)
-        self.taught += self.shown * 3  # theirs are the answers that people see
 
     def base_documents(self, seed: int) -> list[list[tuple[str, str]]]:
         """Every task in every style under its instruction, raw and as chat; and conversations of several turns."""
