@@ -20,6 +20,7 @@ from manylora.runtime.messages import (
     AdapterStaged,
     CopyAdapter,
     DropAdapter,
+    SchedulerToWorker,
     StageAdapter,
     unpack_i32,
 )
@@ -139,7 +140,7 @@ class FakeWorker:
         self.num_steps = 0
         self.max_rows = 0
 
-    def receive(self, message: ForwardBatch | StageAdapter | CopyAdapter | DropAdapter) -> None:
+    def receive(self, message: SchedulerToWorker) -> None:
         match message:
             case ForwardBatch():
                 self._run(message)
@@ -152,6 +153,8 @@ class FakeWorker:
                 assert message.version not in self.stagings, "dropped while it is staged"
                 for page in unpack_i32(self.staged.pop(message.version).host_pages):
                     del self.host_pages[page]
+            case _:
+                raise AssertionError(message)
 
     # ---- adapters -----------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ def test_a_load_is_answered_when_every_rank_has_staged_it() -> None:
     call = world.load("a", "pa")
     world.finish_job()
     world.ack(0)
-    assert call.reply is None
+    assert not call.answered
     assert world.images
     world.ack(0)
     assert call.reply.error is None
@@ -103,7 +103,7 @@ def test_unload_waits_for_running_requests_and_frees_everything() -> None:
         while world.acks():
             world.ack()
     call = world.unload("a")
-    assert call.reply is None
+    assert not call.answered
     assert world.submit(PROMPT, lora="a")[0].finish.error.code == "adapter_not_found"
     newer = world.load_now("a", "pa2")
     assert sequence.finish.reason == "length"
@@ -120,7 +120,7 @@ def test_replace_switches_new_requests_and_lets_old_ones_finish() -> None:
     call = world.load("a", "pa2", replace=True)
     (between,) = world.submit(PROMPT, lora="a")
     world.finish_job()
-    while call.reply is None:
+    while not call.answered:
         world.ack()
     (new,) = world.submit(PROMPT, lora="a")
     world.settle()
@@ -138,6 +138,30 @@ def test_at_most_one_less_than_the_batch_may_be_pinned() -> None:
     assert "It is not allowed to pin all slots in the LoRA memory pool to avoid starvation" in refused.message
     assert world.load_now("b", "pb2", pinned=True, replace=True).reply.error is None
     assert tiers(world) == {"a": "resident", "b": "resident"}
+
+
+def test_a_pin_may_be_replaced_when_only_one_host_copy_is_allowed() -> None:
+    world = World(max_loaded=1)
+    world.load_now("a", "pa", pinned=True)
+    assert world.load_now("a", "pb", replace=True).reply.error is None
+    assert world.run(*world.submit(PROMPT, lora="a"))
+    world.assert_nothing_left()
+
+
+def test_an_unload_is_answered_after_the_last_token_of_its_requests() -> None:
+    world = World(overlap=False, max_running=1)
+    world.load_now("a", "pa")
+    (sequence,) = world.submit(PROMPT, lora="a", max_new=2, ignore_eos=True)
+    while not sequence.generated:
+        world.step()
+        while world.acks():
+            world.ack()
+    call = world.unload("a")
+    world.schedule()
+    world.scheduler.on_worker(world.worker.flights.popleft().output)
+    assert [type(message).__name__ for message in world.scheduler.to_front] == ["StepOutput", "AdapterReply"]
+    world.settle()
+    assert call.reply.error is None
 
 
 def test_a_pinned_adapter_survives_pressure_an_idle_one_is_evicted() -> None:
@@ -260,7 +284,7 @@ def test_a_pin_waits_for_room_and_nobody_enters_before_it() -> None:
     world.step()
     call = world.load("a", "pa", pinned=True)
     world.finish_job()
-    while call.reply is None:
+    while not call.answered:
         world.ack()
     assert call.reply.error is None
     world.submit([2] * 4, max_new=1)

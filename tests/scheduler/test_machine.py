@@ -20,7 +20,8 @@ from hypothesis.stateful import (
 )
 
 from manylora.runtime.messages import Rejected
-from tests.scheduler.world import NAN, Adapter, World
+from tests.scheduler.fake_worker import NAN
+from tests.scheduler.world import Adapter, World
 
 NAMES = ("a", "b", "c", "d")
 PATHS = ("pa", "pb", "pc", f"{NAN}-weights")
@@ -72,13 +73,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap=st.booleans(),
         radix=st.sampled_from((True, True, False)),
         quota=st.sampled_from((None, None, 24)),
+        pinned=st.booleans(),
         sizes=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2)), min_size=4, max_size=4),
     )
-    def start(self, quota: int | None, sizes: list[tuple[int, int]], **shape: Any) -> None:
+    def start(self, quota: int | None, pinned: bool, sizes: list[tuple[int, int]], **shape: Any) -> None:
         files = {path: Adapter(*size) for path, size in zip(PATHS, sizes, strict=True)}
         self.world = World(**shape, max_total_tokens=quota, files=files)
-        for name in NAMES[:2]:
-            self.world.load_now(name, f"p{name}")
+        self.world.load_now("a", "pa", pinned=pinned)
+        self.world.load_now("b", "pb")
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
@@ -205,7 +207,11 @@ def run_machine(examples: int, steps: int) -> None:
             max_examples=examples,
             stateful_step_count=steps,
             deadline=None,
-            suppress_health_check=tuple(HealthCheck),
+            suppress_health_check=(
+                HealthCheck.too_slow,
+                HealthCheck.data_too_large,
+                HealthCheck.filter_too_much,
+            ),
             derandomize="MANYLORA_RANDOM" not in os.environ,
             database=None,
         ),
@@ -213,7 +219,7 @@ def run_machine(examples: int, steps: int) -> None:
 
 
 def test_random_lives() -> None:
-    run_machine(examples=150, steps=30)
+    run_machine(examples=400, steps=30)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 
 from manylora.runtime.messages import Rejected
 from manylora.runtime.plan import ForwardBatch, read_section
-from tests.scheduler.world import EOS, NAN, Expected, World
+from tests.scheduler.fake_worker import NAN
+from tests.scheduler.world import EOS, Expected, World
 
 PROMPT = [1, 2, 3, 4, 5, 6, 8, 9, 10]
 

@@ -5,7 +5,6 @@ The front knows from the prompt and the weights which tokens each sequence must 
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +36,7 @@ from manylora.runtime.messages import (
 from manylora.runtime.model_config import ModelConfig, parse_model_config
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
-from tests.scheduler.fake_worker import BASE, NAN, VOCAB, FakeWorker, chain, draw, logprob, top_ids
+from tests.scheduler.fake_worker import BASE, VOCAB, FakeWorker, chain, draw, logprob, top_ids
 
 EOS = 7
 FAILURE = WorkerCrashedError("a rank failed").info()
@@ -95,6 +94,10 @@ class Call:
     kind: str
     name: str
     reply: Any = None
+
+    @property
+    def answered(self) -> bool:
+        return self.reply is not None
 
 
 @dataclass
@@ -328,6 +331,7 @@ class World:
         for message in scheduler.to_workers:
             self.worker.receive(message)
         for job in scheduler.to_loader:
+            assert isinstance(job, LoadJob)
             self.jobs.append(job)
         for path in scheduler.released_images:
             self.images.remove(path)
@@ -354,7 +358,7 @@ class World:
                         sequence.finish = message
             case AdapterReply():
                 call = self.calls[message.call]
-                assert call.reply is None, "answered twice"
+                assert not call.answered, "answered twice"
                 call.reply = message
                 self.loaded = message.loaded
                 if call.kind == "load" and message.error is None:
@@ -472,7 +476,3 @@ class World:
         assert not self.images
         assert not self.worker.staged
         assert not self.worker.host_pages
-
-
-__all__ = ["EOS", "NAN", "Adapter", "Expected", "World", "tiny_model"]
-assert array("i").itemsize == 4
