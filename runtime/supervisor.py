@@ -280,7 +280,7 @@ class Supervisor:
 
     def _forget(self, child: ChildProcess) -> None:
         child.reap()
-        for message in child.pipe.drain():
+        for message in child.last_words():
             self._handle(child, message)
         self._poller.unregister(child.pipe.socket)
         self._poller.unregister(child.pidfd)

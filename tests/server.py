@@ -119,7 +119,9 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
     def log_tail(self, lines: int = 60) -> str:
-        return "\n".join(self.log().splitlines()[-lines:])
+        """The end of the log, without the polls of a start."""
+        kept = [line for line in self.log().splitlines() if not line.endswith("503")]
+        return "\n".join(kept[-lines:])
 
     # ---- client ---------------------------------------------------------------------------------------------------
 
