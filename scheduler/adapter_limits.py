@@ -21,14 +21,12 @@ class FitChecker:
         self._page_size = page_size
         self._max_kv_pages = max_kv_pages
 
-    def check_sequence(
-        self, sequence: Sequence, version: Version | None, versions: Iterable[Version]
-    ) -> None:
+    def check_sequence(self, sequence: Sequence, version: Version | None, pinned: Iterable[Version]) -> None:
         """Raise ContextLengthError if the sequence could not even run alone."""
         pages = self._kv_pages(sequence)
-        pinned = _pages(v for v in versions if v.pinned and v is not version)
+        held = _pages(v for v in pinned if v is not version)
         own = version.num_pages if version else 0
-        room = min(self._max_kv_pages, self._limits.num_pages - pinned - own)
+        room = min(self._max_kv_pages, self._limits.num_pages - held - own)
         if pages > room:
             raise ContextLengthError(
                 f"The request needs memory for {sequence.kv_tokens} tokens (prompt and max_new_tokens); with its "

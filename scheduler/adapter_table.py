@@ -76,6 +76,7 @@ class AdapterTable:
         self.names: dict[str, Version] = {}  # in load order
         self.versions: dict[int, Version] = {}  # every one that lives, loads under way included
         self.loads: dict[str, Load] = {}  # by name
+        self.pinned: list[Version] = []  # those being loaded included
         self._max_pinned = args.max_loras_per_batch - 1
         self._jobs: dict[int, Load | Version] = {}
         self._num_jobs = 0
@@ -182,6 +183,8 @@ class AdapterTable:
             self._end_load(load, error.info())
             return
         self.versions[version.id] = version
+        if version.pinned:
+            self.pinned.append(version)
         load.version = version
         self._host.enqueue(version, image)
 
@@ -211,6 +214,7 @@ class AdapterTable:
         load = self.loads.get(version.name)
         if load is not None and load.version is version:
             if error:
+                self._unpin(version)
                 del self.versions[version.id]
             else:
                 self._register(version)
@@ -243,8 +247,8 @@ class AdapterTable:
     def pins_ready(self) -> bool:
         """Bring every pinned adapter into memory; False while one waits for room."""
         ready = True
-        for version in self.names.values():
-            if version.pinned and not version.copy_failed:
+        for version in self.pinned:
+            if version.named and not version.copy_failed:
                 ready &= self._device.make_resident(version)
         return ready
 
@@ -272,8 +276,14 @@ class AdapterTable:
 
     def _retire(self, version: Version) -> None:
         """Its name is gone; it lives on its leases."""
-        version.named = version.pinned = False
+        version.named = False
+        self._unpin(version)
         self._settle(version)
+
+    def _unpin(self, version: Version) -> None:
+        if version.pinned:
+            self.pinned.remove(version)
+            version.pinned = False
 
     def _lose_host_copy(self, version: Version, error: ErrorInfo) -> None:
         version.host = HostCopy.NONE

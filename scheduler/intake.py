@@ -93,4 +93,4 @@ class Intake:
                 f"at most {MAX_STOP_TOKEN_IDS} are possible.",
                 param="sampling_params.stop_token_ids",
             )
-        self._fit.check_sequence(sequence, version, self._adapters.versions.values())
+        self._fit.check_sequence(sequence, version, self._adapters.pinned)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.scheduler.world import Expected, World
+from tests.scheduler.fake_front import Expected
+from tests.scheduler.world import World
 
 
 def steps_until(world: World, sequence: Expected, limit: int = 2000) -> int:

@@ -8,8 +8,9 @@ import pytest
 
 from manylora.runtime.messages import Rejected
 from manylora.runtime.plan import ForwardBatch, read_section
+from tests.scheduler.fake_front import EOS, Expected
 from tests.scheduler.fake_worker import NAN
-from tests.scheduler.world import EOS, Expected, World
+from tests.scheduler.world import World
 
 PROMPT = [1, 2, 3, 4, 5, 6, 8, 9, 10]
 

@@ -1,7 +1,4 @@
-"""A scheduler with a fake worker, loader and front around it: everything a test does to it, and what must stay true.
-
-The front knows from the prompt and the weights which tokens each sequence must get, and checks every message.
-"""
+"""A scheduler with a fake front, loader and worker around it: everything that a test does to it, one event a call."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from manylora.runtime.errors import AdapterChangedError, AdapterRejectedError, W
 from manylora.runtime.messages import (
     Abort,
     AdapterImage,
-    AdapterReply,
     Done,
     FlushCache,
     GenerateReq,
@@ -22,23 +18,18 @@ from manylora.runtime.messages import (
     LoadAdapter,
     LoadFailed,
     LoadJob,
-    Rejected,
     State,
-    StepOutput,
     Submit,
     UnloadAdapter,
     pack_i32,
     pack_i64,
-    unpack_f32,
-    unpack_i32,
-    unpack_i64,
 )
 from manylora.runtime.model_config import ModelConfig, parse_model_config
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
-from tests.scheduler.fake_worker import BASE, VOCAB, FakeWorker, chain, draw, logprob, top_ids
+from tests.scheduler.fake_front import EOS, Call, Expected, FakeFront
+from tests.scheduler.fake_worker import VOCAB, FakeWorker
 
-EOS = 7
 FAILURE = WorkerCrashedError("a rank failed").info()
 
 
@@ -66,38 +57,6 @@ class Adapter:
     num_pages: int = 1
     num_slices: int = 1
     edition: int = 0
-
-
-@dataclass
-class Expected:
-    """One sequence as the front sees it."""
-
-    request: GenerateReq
-    sample: int
-    tokens: list[int]
-    versions: list[int]  # that it may run under: those its name stood for when it was submitted
-    generated: int = 0
-    prompt_lps: int = 0
-    started: bool = False
-    cached: int = -1
-    version: int = -1
-    finish: Any = None
-    aborted: bool = False
-
-    @property
-    def ended(self) -> bool:
-        return self.finish is not None or self.aborted
-
-
-@dataclass
-class Call:
-    kind: str
-    name: str
-    reply: Any = None
-
-    @property
-    def answered(self) -> bool:
-        return self.reply is not None
 
 
 @dataclass
@@ -155,11 +114,10 @@ class World:
         )
         self.jobs: list[LoadJob] = []
         self.images: set[str] = set()  # not released yet
-        self.loaded: dict[str, str] = {}  # name -> path, as the last reply said
-        self.names: dict[str, int] = {}  # name -> version
-        self.digests: dict[int, str] = {}  # version -> digest
-        self.sequences: dict[int, Expected] = {}
-        self.calls: dict[int, Call] = {}
+        self.front = FakeFront()
+        self.sequences = self.front.sequences
+        self.calls = self.front.calls
+        self.names = self.front.names
         self.next_handle = 1
         self.next_call = 1
 
@@ -189,8 +147,8 @@ class World:
             requests.append(request)
             self.next_handle += sampling.n
             for sample in range(sampling.n):
-                versions = [0] if lora is None else [self.names.get(lora, -1)]
-                made.append(Expected(request, sample, list(prompt), versions))
+                version = 0 if lora is None else self.names.get(lora, -1)
+                made.append(Expected(request, sample, list(prompt), version))
                 self.sequences[request.handle + sample] = made[-1]
         self.scheduler.on_front(Submit(requests))
         self._deliver()
@@ -214,14 +172,14 @@ class World:
     def load_now(self, name: str, path: str, **flags: bool) -> Call:
         call = self.load(name, path, **flags)
         self.settle()
-        assert call.reply is not None
+        assert call.answered
         return call
 
     def unload(self, name: str) -> Call:
         call = self._call("unload", name)
         self.scheduler.on_front(UnloadAdapter(self.next_call - 1, name))
         self._deliver()
-        if call.reply is None or call.reply.error is None:
+        if not call.answered or call.reply.error is None:
             self.names.pop(name, None)
         return call
 
@@ -344,118 +302,7 @@ class World:
         ):
             outbox.clear()
         for message in messages:
-            self._on_message(message)
-
-    def _on_message(self, message: Any) -> None:
-        match message:
-            case StepOutput():
-                self._on_output(message)
-            case Rejected():
-                first = set(unpack_i64(message.handles))
-                for sequence in self.sequences.values():
-                    if sequence.request.handle in first:
-                        assert not sequence.ended
-                        sequence.finish = message
-            case AdapterReply():
-                call = self.calls[message.call]
-                assert not call.answered, "answered twice"
-                call.reply = message
-                self.loaded = message.loaded
-                if call.kind == "load" and message.error is None:
-                    assert message.lora_version not in self.digests, "a version was reused"
-                    self.names[call.name] = message.lora_version
-                    self.digests[message.lora_version] = self.worker.digests[message.lora_version]
-            case Done() | State():
-                assert self.calls[message.call].reply is None
-                self.calls[message.call].reply = message
-            case _:
-                raise AssertionError(message)
-
-    def _on_output(self, output: StepOutput) -> None:
-        for start in output.starts:
-            sequence = self.sequences[start.handle]
-            assert not sequence.started
-            assert start.lora_version in sequence.versions
-            sequence.started, sequence.cached, sequence.version = (
-                True,
-                start.cached_tokens,
-                start.lora_version,
-            )
-        handles, tokens = unpack_i64(output.handles), unpack_i32(output.tokens)
-        logprobs = {chunk.handle: chunk for chunk in output.logprobs if not chunk.prompt}
-        for handle, token in zip(handles, tokens, strict=True):
-            self._on_token(self.sequences[handle], token, logprobs.pop(handle, None))
-        assert not logprobs
-        for chunk in output.logprobs:
-            if chunk.prompt:
-                self._on_prompt_logprobs(self.sequences[chunk.handle], chunk)
-        for finish in output.finishes:
-            self._on_finish(self.sequences[finish.handle], finish)
-
-    def weights(self, version: int) -> str:
-        return BASE if version == 0 else f"{self.digests[version]}/{version}"
-
-    def _on_token(self, sequence: Expected, token: int, chunk: Any) -> None:
-        params = sequence.request.params
-        assert sequence.started
-        assert not sequence.ended, "a token after the end"
-        assert sequence.generated < (params.max_new_tokens or 0)
-        link = chain(self.weights(sequence.version), sequence.tokens)
-        salt: object = "greedy"
-        if not params.greedy:
-            assert params.seed is not None
-            salt = (params.seed & 0xFFFFFFFF, params.seed >> 32, sequence.sample)
-        stops = self.stops(sequence)
-        banned = stops if sequence.generated < params.min_new_tokens else set()
-        assert token == draw(link, salt, banned), "a wrong token"
-        top = sequence.request.num_top
-        assert (chunk is None) == (top < 0)
-        if chunk is not None:
-            assert list(unpack_i32(chunk.token_ids)) == [token]
-            assert list(unpack_f32(chunk.logprobs)) == [logprob(link, token)]
-            assert list(unpack_i32(chunk.top_ids)) == top_ids(link, top)
-            assert list(unpack_f32(chunk.top_logprobs)) == [logprob(link, i) for i in top_ids(link, top)]
-        sequence.tokens.append(token)
-        sequence.generated += 1
-
-    def _on_prompt_logprobs(self, sequence: Expected, chunk: Any) -> None:
-        first = sequence.request.logprob_start_len + 1 + sequence.prompt_lps
-        prompt = list(unpack_i32(sequence.request.input_ids))
-        ids = list(unpack_i32(chunk.token_ids))
-        assert ids == prompt[first : first + len(ids)]
-        assert ids
-        version = sequence.versions[0]
-        links = [chain(self.weights(version), prompt[:t]) for t in range(first, first + len(ids))]
-        expected = [logprob(link, token) for link, token in zip(links, ids, strict=True)]
-        assert list(unpack_f32(chunk.logprobs)) == expected
-        width = max(0, sequence.request.num_top)
-        assert list(unpack_i32(chunk.top_ids)) == [i for link in links for i in top_ids(link, width)]
-        sequence.prompt_lps += len(ids)
-
-    def _on_finish(self, sequence: Expected, finish: Any) -> None:
-        assert not sequence.ended, "a second end"
-        sequence.finish = finish
-        if finish.reason == "error":
-            return
-        assert sequence.started
-        stops, last = self.stops(sequence), sequence.tokens[-1]
-        max_new = sequence.request.params.max_new_tokens
-        if finish.reason == "stop":
-            assert finish.matched == last
-            assert last in stops
-        else:
-            assert finish.reason == "length"
-            assert sequence.generated == max_new
-        generated = sequence.tokens[len(sequence.tokens) - sequence.generated :]
-        assert not stops.intersection(generated[:-1]), "it went on after a stop token"
-        start = sequence.request.logprob_start_len
-        if sequence.request.num_top >= 0 and start >= 0:
-            prompt_len = len(sequence.tokens) - sequence.generated
-            assert sequence.prompt_lps == max(0, prompt_len - start - 1)
-
-    def stops(self, sequence: Expected) -> set[int]:
-        params = sequence.request.params
-        return set(params.stop_token_ids or ()) | (set() if params.ignore_eos else {EOS})
+            self.front.on_message(message, self.worker.digests)
 
     # ---- at the end ---------------------------------------------------------------------------------------------
 
@@ -463,11 +310,11 @@ class World:
         """Every sequence and call has ended; with the cache flushed and all unloaded, all memory is free."""
         for sequence in self.sequences.values():
             assert sequence.ended
-        for name in list(self.loaded):
+        for name in list(self.front.loaded):
             assert self.unload(name).reply.error is None
         assert self.flush().error is None
         self.settle()
-        assert all(call.reply is not None for call in self.calls.values())
+        assert all(call.answered for call in self.calls.values())
         state = self.state()
         assert state.pages_free == state.pages_total == self.num_pages
         assert state.host_pages_free == self.num_host_pages
