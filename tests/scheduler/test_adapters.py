@@ -258,6 +258,19 @@ def test_a_lost_loader_fails_what_it_was_asked_for() -> None:
     assert world.run(*world.submit(PROMPT, lora="a"))
 
 
+def test_an_image_that_nobody_wants_any_more_is_released() -> None:
+    world = World(max_loaded=1)
+    world.load_now("a", "pa")
+    world.load_now("b", "pb")
+    (waiting,) = world.submit(PROMPT, lora="a")
+    world.schedule()
+    world.abort(waiting)
+    assert world.unload("a").reply.error is None
+    world.finish_job()
+    assert not world.images
+    world.assert_nothing_left()
+
+
 def test_an_adapter_copy_waits_until_no_step_touches_its_pages() -> None:
     world = World(num_pages=4, max_running=2, files={"pa": Adapter(num_pages=2)})
     world.load_now("a", "pa")

@@ -68,6 +68,17 @@ def test_the_second_time_all_but_the_last_token_is_cached(page_size: int) -> Non
     assert first.tokens == second.tokens
 
 
+def test_a_page_is_shared_only_after_the_step_that_writes_it_has_come_back() -> None:
+    world = World(page_size=2, chunk=6)
+    prompt = list(range(10, 24))
+    world.submit(prompt)
+    world.schedule()
+    (second,) = world.submit(prompt)
+    world.complete_step()
+    world.settle()
+    assert second.cached == 6  # of the 12 that were planned when it came
+
+
 def test_without_the_radix_cache_nothing_is_shared_between_requests() -> None:
     world = World(radix=False)
     world.submit(PROMPT)
