@@ -100,7 +100,7 @@ def test_no_token_is_wrong_while_adapters_change(
         signature_models[case.dtype],
         *("--tp-size", case.tp, "--lora-sharding", case.sharding, "--dtype", case.dtype),
         *("--enable-lora", "--max-loras-per-batch", 6, "--max-loaded-loras", 12),
-        *("--max-total-tokens", 4096, "--chunked-prefill-size", 256, "--max-running-requests", 96),
+        *("--max-total-tokens", 1024, "--chunked-prefill-size", 256, "--max-running-requests", 96),
         device=case.device,
         log_dir=tmp_path,
     ) as server:
