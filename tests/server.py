@@ -22,6 +22,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
+# A tiny model would take the whole device and pin gigabytes of the host's memory: slow, and two servers do not fit.
+CUDA_FLAGS = ("--mem-fraction-static", "0.1", "--host-fraction", "0.02")
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ class Server:
 @contextmanager
 def running_server(model_dir: Path | str, *args: Any, log_dir: Path, device: str = "cpu") -> Iterator[Server]:
     """A ready server, stopped at the end: it must then exit with 0 and leave nothing."""
-    command = ["--model-path", str(model_dir), "--device", device, *(str(arg) for arg in args)]
+    flags = CUDA_FLAGS if device == "cuda" else ()
+    command = ["--model-path", str(model_dir), "--device", device, *flags, *(str(arg) for arg in args)]
     server = Server(command, log_dir / f"server-{time.monotonic_ns()}.log")
     try:
         server.wait_ready()

@@ -8,7 +8,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from tests.server import Reply, Server
+
+# For fixtures and tests that run on the CPU everywhere and on GPUs where there are any.
+ONE_DEVICE = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TWO_DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.multigpu)]
 
 
 def wait_until(fact: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import transformers
 
+from tests.e2e.helpers import ONE_DEVICE
 from tests.reference import Reference
 from tests.server import REPOSITORY, Server, running_server
 from tests.tiny_models import TinyModels
@@ -46,7 +47,8 @@ class Stage:
         for hub_name, path in self.paths.items():
             words = [word.replace(hub_name, str(path)) for word in words]
         assert words[3] == "--model-path"
-        return running_server(words[4], *words[5:], device=self.device, log_dir=self.log_dir)
+        flags = (*words[5:], "--dtype", "float32")  # as the reference
+        return running_server(words[4], *flags, device=self.device, log_dir=self.log_dir)
 
     def text(self, adapter: str | None, prompt: str) -> str:
         """What transformers + PEFT answer."""
@@ -63,7 +65,7 @@ class Stage:
         return len(self.tokenizer(prompt)["input_ids"])
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=ONE_DEVICE)
 def stage(
     request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> Stage:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.helpers import Background, Stream, wait_until
-from tests.server import Server, running_server
+from tests.e2e.helpers import TWO_DEVICES, Background, Stream, wait_until
+from tests.server import CUDA_FLAGS, Server, running_server
 from tests.tiny_models import TinyModels, edit_json
 
 SECONDS_OF_TOKENS = 450
@@ -120,11 +120,13 @@ def test_sigterm_during_the_start_leaves_nothing(model_dir: Path, tmp_path: Path
 # ---- while it serves --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", TWO_DEVICES)
 @pytest.mark.parametrize("role", ["worker1", "scheduler"])
 def test_a_dead_process_is_an_honest_500_soon_and_a_clean_exit(
-    model_dir: Path, tmp_path: Path, role: str
+    model_dir: Path, tmp_path: Path, role: str, device: str
 ) -> None:
-    with starting_server(tmp_path, "--model-path", model_dir, "--device", "cpu", "--tp-size", 2) as server:
+    flags = ("--device", device, "--tp-size", 2, *CUDA_FLAGS)
+    with starting_server(tmp_path, "--model-path", model_dir, *flags) as server:
         server.wait_ready()
         stream = Stream(server, **long_request())
         stream.wait_for_token()
@@ -161,11 +163,13 @@ def test_when_the_supervisor_is_killed_its_children_go_too(model_dir: Path, tmp_
         shutil.rmtree(server.run_dir_base)  # nobody was left to remove it; the next server of this user would
 
 
+@pytest.mark.parametrize("device", TWO_DEVICES)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_under_load_ends_every_request_and_leaves_nothing(
-    model_dir: Path, tmp_path: Path, number: signal.Signals
+    model_dir: Path, tmp_path: Path, number: signal.Signals, device: str
 ) -> None:
-    with starting_server(tmp_path, "--model-path", model_dir, "--device", "cpu", "--tp-size", 2) as server:
+    flags = ("--device", device, "--tp-size", 2, *CUDA_FLAGS)
+    with starting_server(tmp_path, "--model-path", model_dir, *flags) as server:
         server.wait_ready()
         stream = Stream(server, **long_request())
         stream.wait_for_token()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.helpers import Background, Stream, wait_until
+from tests.e2e.helpers import ONE_DEVICE, Background, Stream, wait_until
 from tests.server import Server, running_server
 from tests.signature import BASE_TOKEN, build_signature_adapter, build_signature_model, signature_prompt
 from tests.tiny_models import edit_json
@@ -46,12 +46,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def shared_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=ONE_DEVICE)
+def shared_server(
+    request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     with running_server(
         model_dir,
         *("--enable-lora", "--max-loras-per-batch", 3, "--max-lora-rank", 64, "--max-total-tokens", 8192),
         *("--max-queued-requests", 40, "--max-running-requests", 8),
+        device=request.param,
         log_dir=tmp_path_factory.mktemp("logs"),
     ) as server:
         yield server

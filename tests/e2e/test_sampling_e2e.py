@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from tests.e2e.helpers import ONE_DEVICE
 from tests.reference import Reference, clear_prompts
 from tests.server import Server, running_server
 from tests.tiny_models import EOS_ID, EOT_ID, TinyModels
@@ -50,14 +51,17 @@ def setup(tiny_models: TinyModels) -> Setup:
     return Setup(model_dir, adapter_dir, reference, tokenizer, prompts)
 
 
-@pytest.fixture(scope="module")
-def servers(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """One with two steps in flight, one with one."""
-    logs = tmp_path_factory.mktemp("logs")
+@pytest.fixture(scope="module", params=ONE_DEVICE)
+def servers(
+    request: pytest.FixtureRequest, setup: Setup, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Server]]:
+    """One with two steps in flight, one with one. On a GPU they share its memory, the second beside the first."""
     common = ("--lora-paths", f"{ADAPTER}={setup.adapter_dir}", "--max-total-tokens", 8192)
+    serially = ("--disable-overlap-schedule", "--mem-fraction-static", 0.25)
+    where: dict[str, Any] = {"device": request.param, "log_dir": tmp_path_factory.mktemp("logs")}
     with (
-        running_server(setup.model_dir, *common, log_dir=logs) as overlapped,
-        running_server(setup.model_dir, *common, "--disable-overlap-schedule", log_dir=logs) as serial,
+        running_server(setup.model_dir, *common, **where) as overlapped,
+        running_server(setup.model_dir, *common, *serially, **where) as serial,
     ):
         yield {"overlap": overlapped, "serial": serial}
 
