@@ -98,13 +98,6 @@ class Reference:
         self._model.set_adapter(name)
 
 
-def reference_generate(
-    model_dir: Path, adapter_dir: Path | None, input_ids: Sequence[int], num_tokens: int
-) -> Answer:
-    """A single question; whoever has many keeps a `Reference`."""
-    return Reference(model_dir).generate(adapter_dir, input_ids, num_tokens)
-
-
 def clear_prompts(
     reference: Reference,
     adapter_dirs: Sequence[Path | None],
