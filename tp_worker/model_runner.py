@@ -79,7 +79,7 @@ class ModelRunner:
         if plan.max_slices:
             segments, slices = _view(host, *bounds["segments"]), _view(host, *bounds["slices"])
             lora = LoRABatch(segments, slices.squeeze(1), plan.max_slices)
-        inputs = self._step_inputs(plan, sections, _view(host, *bounds["rows"]), lora)
+        inputs = self._step_inputs(plan, sections, lora)
         hidden = self._model.forward(inputs, self._kv_cache)
         columns: dict[str, torch.Tensor] = {}
         if plan.count("samples"):
@@ -95,16 +95,14 @@ class ModelRunner:
         self,
         plan: ForwardBatch,
         sections: dict[str, torch.Tensor],
-        host_rows: torch.Tensor,
         lora: LoRABatch | None,
     ) -> StepInputs:
         slots, starts, num_new, offsets = sections["rows"].unbind(1)
         row_ids = torch.arange(plan.num_rows, device=slots.device)
         row = torch.repeat_interleave(row_ids, num_new, output_size=plan.num_tokens)
         positions = torch.arange(plan.num_tokens, device=slots.device) + (starts - offsets)[row]
-        num_pages = -(-plan.max_kv_len // self._page_size)
-        page_table = self._state.page_table[slots, :num_pages]
-        pages = page_table[row, positions // self._page_size]
+        page_table = self._state.page_table
+        pages = page_table[slots[row], positions // self._page_size]
         given = sections["tokens"].squeeze(1)
         return StepInputs(
             num_prefill_rows=plan.num_prefill_rows,
@@ -114,8 +112,9 @@ class ModelRunner:
             positions=positions,
             kv_slots=pages * self._page_size + positions % self._page_size,
             page_table=page_table,
+            rows=sections["rows"],
+            slots=slots,
             kv_lens=starts + num_new,
-            host_rows=host_rows,
             lora=lora,
         )
 
