@@ -9,6 +9,7 @@ import triton.language as tl
 from manylora.kernels.lora_work import LoRAWork, num_programs
 
 _MAX_MODULES = 3
+_BLOCK_N = 128
 
 
 def lora_expand(
@@ -30,10 +31,9 @@ def lora_expand(
     parts, chunks, _, _, columns = planes.shape
     modules = len(out_sizes)
     plane_width = columns // modules
-    block_n = 128
-    blocks = [triton.cdiv(size, block_n) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
+    blocks = [triton.cdiv(size, _BLOCK_N) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
-    grid = min(work.max_tiles * sum(blocks), num_programs(y.device, 8 if work.decode else 4))
+    grid = min(work.max_tiles * sum(blocks), num_programs(y.device, 4 if work.decode else 2))
     if not grid:
         return
     _lora_expand[(grid,)](
@@ -56,27 +56,74 @@ def lora_expand(
         work.slices,
         y,
         y.stride(0),
-        SIZE_0=sizes[0],
-        SIZE_1=sizes[1],
-        SIZE_2=sizes[2],
-        BLOCKS_0=blocks[0],
-        BLOCKS_1=blocks[1],
-        BLOCKS_2=blocks[2],
-        PLANE_WIDTH=plane_width,
-        COLUMNS=columns,
+        size_0=sizes[0],
+        size_1=sizes[1],
+        size_2=sizes[2],
+        blocks_0=blocks[0],
+        blocks_1=blocks[1],
+        blocks_2=blocks[2],
+        columns=columns,
+        plane_width=plane_width,
         PARTS=parts,
         CHUNKS=chunks,
         # With a number of ranks that does not divide 16, widths are multiples of that number alone.
         QUANTUM=8 if plane_width * parts % 16 == 0 else 1,
         TILE_TOKENS=work.tile_tokens,
-        BLOCK_N=block_n,
+        BLOCK_N=_BLOCK_N,
         BLOCK_R=max(16, triton.next_power_of_2(plane_width * parts)),
-        num_warps=4,
-        num_stages=2,
+        num_warps=4 if work.decode else 8,
+        num_stages=4 if work.decode else 3,
     )
 
 
-@triton.jit(do_not_specialize=["part_stride", "chunk_stride", "plane_stride"])
+@triton.jit
+def _scaled_plane(
+    plane,
+    part_stride,
+    chunk_stride,
+    token,
+    in_tile,
+    width,
+    scaling,
+    columns,
+    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """scaling · x·Aᵀ of one slice for the tile's tokens, (TILE_TOKENS, BLOCK_R) float32: the sum over chunks of what
+    the parts hold side by side. plane: pointer to the slice's and module's column of token 0."""
+    rank = tl.arange(0, BLOCK_R)
+    column = rank.to(tl.int64)
+    if PARTS > 1:
+        rows_each = tl.maximum(width // PARTS, 1)
+        column = (rank // rows_each).to(tl.int64) * part_stride + rank % rows_each
+    at = plane + token[:, None] * columns + column[None, :]
+    known = in_tile[:, None] & (rank < width)[None, :]
+    hidden = tl.load(at, mask=known, other=0.0)
+    for chunk in tl.static_range(1, CHUNKS):
+        hidden += tl.load(at + chunk * tl.cast(chunk_stride, tl.int64), mask=known, other=0.0)
+    return hidden * scaling
+
+
+@triton.jit
+def _load_b(pages, offset, width, output, size, BLOCK_R: tl.constexpr):
+    """Rows `output` of a B piece (size, width), transposed: (BLOCK_R, BLOCK_N), zero outside of it."""
+    rank = tl.arange(0, BLOCK_R)
+    at = offset + output[:, None] * width + rank[None, :]
+    return tl.trans(tl.load(pages + at, mask=(output < size)[:, None] & (rank < width)[None, :], other=0.0))
+
+
+@triton.jit
+def _add_to(y, y_stride, acc, token, in_tile, output, size):
+    at = y + token[:, None] * y_stride + output[None, :]
+    known = in_tile[:, None] & (output < size)[None, :]
+    total = tl.load(at, mask=known, other=0.0).to(tl.float32) + acc
+    tl.store(at, total.to(y.dtype.element_ty), mask=known)
+
+
+@triton.jit(
+    do_not_specialize=["part_stride", "chunk_stride", "plane_stride", "blocks_0", "blocks_1", "blocks_2"]
+)
 def _lora_expand(
     planes,
     part_stride,
@@ -97,14 +144,14 @@ def _lora_expand(
     slices,
     y,
     y_stride,
-    SIZE_0: tl.constexpr,
-    SIZE_1: tl.constexpr,
-    SIZE_2: tl.constexpr,
-    BLOCKS_0: tl.constexpr,
-    BLOCKS_1: tl.constexpr,
-    BLOCKS_2: tl.constexpr,
-    PLANE_WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    size_0,
+    size_1,
+    size_2,
+    blocks_0,
+    blocks_1,
+    blocks_2,
+    columns,
+    plane_width,
     PARTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     QUANTUM: tl.constexpr,
@@ -112,59 +159,75 @@ def _lora_expand(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A unit of work is BLOCK_N columns of one module for one tile, over all slices of the tile's adapter."""
-    BLOCKS: tl.constexpr = BLOCKS_0 + BLOCKS_1 + BLOCKS_2
-    rank = tl.arange(0, BLOCK_R)
-    for unit in range(tl.program_id(0), tl.load(counts) * BLOCKS, tl.num_programs(0)):
-        tile, block = tiles + unit // BLOCKS * 4, tl.cast(unit % BLOCKS, tl.int32)
+    """All tiles' blocks of BLOCK_N outputs, one after another, are dealt out to the programs in equal contiguous runs.
+
+    Within a run the blocks of one tile and module share what was read of the slice table and, as long as the adapter
+    has one slice, its plane.
+    """
+    num_blocks = blocks_0 + blocks_1 + blocks_2
+    total = tl.load(counts) * num_blocks
+    each = tl.cdiv(total, tl.num_programs(0))
+    unit = tl.program_id(0) * each
+    end = tl.minimum(unit + each, total)
+    while unit < end:
+        tile = tiles + unit // num_blocks * 4
         first, tokens = tl.load(tile), tl.load(tile + 1)
         entry, count = tl.load(tile + 2), tl.load(tile + 3)
-        past_0 = (block >= BLOCKS_0).to(tl.int32)
-        past_1 = (block >= BLOCKS_0 + BLOCKS_1).to(tl.int32)
-        module = past_0 + past_1
-        size = tl.where(past_1 > 0, SIZE_2, tl.where(past_0 > 0, SIZE_1, SIZE_0))
-        output = (block - past_0 * BLOCKS_0 - past_1 * BLOCKS_1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_module = output < size
         token = tl.arange(0, TILE_TOKENS)
         in_tile = token < tokens
         token = (first + token).to(tl.int64)
 
-        acc = tl.zeros((TILE_TOKENS, BLOCK_N), tl.float32)
-        pieces = tl.zeros((), tl.int32)
-        for plane in range(count):
-            slice_row = tl.load(slices + entry + plane).to(tl.int64)
-            offset = tl.load(offsets + slice_row * offsets_row + module * offsets_module)
+        block = unit % num_blocks
+        past_0 = (block >= blocks_0).to(tl.int32)
+        past_1 = (block >= blocks_0 + blocks_1).to(tl.int32)
+        module = past_0 + past_1
+        size = size_0 + past_0 * (size_1 - size_0) + past_1 * (size_2 - size_1)
+        blocks = blocks_0 + past_0 * blocks_1 + past_1 * blocks_2  # of this module and those before it
+        y_module = y + past_0 * size_0 + past_1 * size_1
+        block_end = tl.minimum(blocks, block + end - unit)
+        unit += block_end - block
+        first_block = past_0 * blocks_0 + past_1 * blocks_1
+        planes_module = planes + module * plane_width
+        offsets_at = offsets + module * offsets_module
+        widths_at = widths + module * widths_module
+        scalings_at = scalings + module * scalings_module
+
+        if count == 1:
+            slice_row = tl.load(slices + entry).to(tl.int64)
+            offset = tl.multiple_of(tl.load(offsets_at + slice_row * offsets_row), 32)
             if offset >= 0:
-                pieces += 1
-                width = tl.multiple_of(
-                    tl.load(widths + slice_row * widths_row + module * widths_module), QUANTUM
-                )
-                scaling = tl.load(scalings + slice_row * scalings_row + module * scalings_module)
-                in_slice = rank < width
-                lora_b = tl.load(
-                    pages + tl.multiple_of(offset, 32) + output[:, None] * width + rank[None, :],
-                    mask=in_module[:, None] & in_slice[None, :],
-                    other=0.0,
-                )
-                if PARTS == 1:
-                    column = rank.to(tl.int64)
-                else:
-                    rows_each = width // PARTS
-                    column = (rank // rows_each).to(tl.int64) * part_stride + rank % rows_each
-                at = planes + tl.cast(plane, tl.int64) * plane_stride + module * PLANE_WIDTH
-                at = at + token[:, None] * COLUMNS + column[None, :]
-                hidden = tl.zeros((TILE_TOKENS, BLOCK_R), tl.float32)
-                for chunk in tl.static_range(CHUNKS):
-                    hidden += tl.load(
-                        at + chunk * tl.cast(chunk_stride, tl.int64),
-                        mask=in_tile[:, None] & in_slice[None, :],
-                        other=0.0,
-                    )
-                hidden = (hidden * scaling).to(lora_b.dtype)
-                acc = tl.dot(hidden, tl.trans(lora_b), acc, input_precision="ieee")
-        if pieces > 0:
-            y_column = past_0 * SIZE_0 + past_1 * SIZE_1 + output
-            at = y + token[:, None] * y_stride + y_column[None, :]
-            in_y = in_tile[:, None] & in_module[None, :]
-            total = tl.load(at, mask=in_y, other=0.0).to(tl.float32) + acc
-            tl.store(at, total.to(y.dtype.element_ty), mask=in_y)
+                width = tl.multiple_of(tl.load(widths_at + slice_row * widths_row), QUANTUM)
+                scaling = tl.load(scalings_at + slice_row * scalings_row)
+                hidden = _scaled_plane(
+                    planes_module, part_stride, chunk_stride, token, in_tile, width, scaling,
+                    columns, PARTS, CHUNKS, BLOCK_R,
+                ).to(pages.dtype.element_ty)  # fmt: skip
+                for index in range(block - first_block, block_end - first_block):
+                    output = index * BLOCK_N + tl.arange(0, BLOCK_N)
+                    lora_b = _load_b(pages, offset, width, output, size, BLOCK_R)
+                    acc = tl.dot(hidden, lora_b, input_precision="ieee")
+                    _add_to(y_module, y_stride, acc, token, in_tile, output, size)
+        else:
+            pieces = 0
+            for plane in range(count):
+                slice_row = tl.load(slices + entry + plane).to(tl.int64)
+                pieces += (tl.load(offsets_at + slice_row * offsets_row) >= 0).to(tl.int32)
+            if pieces > 0:
+                for index in range(block - first_block, block_end - first_block):
+                    output = index * BLOCK_N + tl.arange(0, BLOCK_N)
+                    acc = tl.zeros((TILE_TOKENS, BLOCK_N), tl.float32)
+                    for plane in range(count):
+                        slice_row = tl.load(slices + entry + plane).to(tl.int64)
+                        offset = tl.multiple_of(tl.load(offsets_at + slice_row * offsets_row), 32)
+                        width = tl.load(widths_at + slice_row * widths_row)
+                        width = tl.multiple_of(tl.where(offset >= 0, width, 0), QUANTUM)
+                        scaling = tl.load(scalings_at + slice_row * scalings_row)
+                        scaling = tl.where(offset >= 0, scaling, 0.0)
+                        hidden = _scaled_plane(
+                            planes_module + tl.cast(plane, tl.int64) * plane_stride,
+                            part_stride, chunk_stride, token, in_tile, width, scaling,
+                            columns, PARTS, CHUNKS, BLOCK_R,
+                        ).to(pages.dtype.element_ty)  # fmt: skip
+                        lora_b = _load_b(pages, offset, width, output, size, BLOCK_R)
+                        acc = tl.dot(hidden, lora_b, acc, input_precision="ieee")
+                    _add_to(y_module, y_stride, acc, token, in_tile, output, size)

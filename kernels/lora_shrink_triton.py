@@ -26,7 +26,7 @@ def lora_shrink(
     num_chunks, _, num_tokens, columns = planes.shape
     features, modules = x.shape[1], offsets.shape[1]
     block_k = min(128, max(16, triton.next_power_of_2(features)))
-    grid = min(work.max_items * num_chunks, num_programs(x.device, 4 if work.decode else 2))
+    grid = min(work.max_items * num_chunks, num_programs(x.device, 3 if work.decode else 2))
     if not grid:
         return
     _lora_shrink[(grid,)](

@@ -12,9 +12,9 @@ import torch
 
 DECODE_TOKENS = 256  # up to here a step counts as decode: adapters are many, their tokens few
 DECODE_TILE, PREFILL_TILE = 16, 64
-_DECODE_UNITS, _PREFILL_UNITS = 512, 128  # of shrink work that fill a GPU: small ones, large ones
-_MAX_CHUNKS = 32
+_DECODE_CHUNKS, _PREFILL_CHUNKS = 8, 4
 _MIN_CHUNK = 128  # input features
+_FULL_TILES = 64  # with as many prefill tiles a GPU is full without chunks
 
 
 class LoRAWork:
@@ -70,12 +70,15 @@ class LoRAWork:
         shape = (self._num_chunks(features), self.max_slices, self.num_tokens, columns)
         return self._planes[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
 
-    def _num_chunks(self, features: int = _MAX_CHUNKS * _MIN_CHUNK) -> int:
-        """Into how many chunks of its input features the shrink is split, so that enough programs have work."""
-        tiles = min(self.num_tokens, 64) if self.decode else self.num_tokens // self.tile_tokens
-        wanted = (_DECODE_UNITS if self.decode else _PREFILL_UNITS) // tiles
-        limit = max(1, min(_MAX_CHUNKS, features // _MIN_CHUNK))
-        return 1 << max(0, min(wanted, limit).bit_length() - 1)
+    def _num_chunks(self, features: int = _DECODE_CHUNKS * _MIN_CHUNK) -> int:
+        """Into how many chunks of its input features a shrink is split, so that enough programs have work.
+
+        Few different numbers, because each is a compilation of both kernels.
+        """
+        if not self.decode and self.num_tokens >= _FULL_TILES * self.tile_tokens:
+            return 1
+        most = _DECODE_CHUNKS if self.decode else _PREFILL_CHUNKS
+        return 1 << max(1, min(most, features // _MIN_CHUNK)).bit_length() - 1
 
 
 @cache
