@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ def lora_expand(
 ) -> None:
     """As `kernels.lora_expand`, but for what follows.
 
-    `work` is prepared, and stands for segments and slices. planes: (parts, chunks, slices, T, modules · plane width), to
+    `work` is listed, and stands for segments and slices. planes: (parts, chunks, slices, T, modules · plane width), to
     be summed over `chunks`. scaling · plane is rounded to y's dtype before the product with Bᵀ. Every offset is a
     multiple of 32.
     """
@@ -36,6 +38,17 @@ def lora_expand(
     grid = min(work.max_tiles * sum(blocks), num_programs(y.device, 4 if work.decode else 2))
     if not grid:
         return
+    meta: dict[str, Any] = {
+        "PARTS": parts,
+        "CHUNKS": chunks,
+        # With a number of ranks that does not divide 16, widths are multiples of that number alone.
+        "QUANTUM": 8 if plane_width * parts % 16 == 0 else 1,
+        "TILE_TOKENS": work.tile_tokens,
+        "BLOCK_N": _BLOCK_N,
+        "BLOCK_R": max(16, triton.next_power_of_2(plane_width * parts)),
+        "num_warps": 4 if work.decode else 8,
+        "num_stages": 4 if work.decode else 3,
+    }
     _lora_expand[(grid,)](
         planes,
         planes.stride(0),
@@ -64,15 +77,7 @@ def lora_expand(
         blocks_2=blocks[2],
         columns=columns,
         plane_width=plane_width,
-        PARTS=parts,
-        CHUNKS=chunks,
-        # With a number of ranks that does not divide 16, widths are multiples of that number alone.
-        QUANTUM=8 if plane_width * parts % 16 == 0 else 1,
-        TILE_TOKENS=work.tile_tokens,
-        BLOCK_N=_BLOCK_N,
-        BLOCK_R=max(16, triton.next_power_of_2(plane_width * parts)),
-        num_warps=4 if work.decode else 8,
-        num_stages=4 if work.decode else 3,
+        **meta,
     )
 
 
@@ -100,7 +105,7 @@ def _scaled_plane(
     at = plane + token[:, None] * columns + column[None, :]
     known = in_tile[:, None] & (rank < width)[None, :]
     hidden = tl.load(at, mask=known, other=0.0)
-    for chunk in tl.static_range(1, CHUNKS):
+    for chunk in tl.static_range(1, CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
         hidden += tl.load(at + chunk * tl.cast(chunk_stride, tl.int64), mask=known, other=0.0)
     return hidden * scaling
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ def lora_shrink(
 ) -> None:
     """As `kernels.lora_shrink`, but for what follows.
 
-    `work` is prepared, and stands for segments and slices. planes: (chunks, slices, T, modules · plane width): each plane
+    `work` is listed, and stands for segments and slices. planes: (chunks, slices, T, modules · plane width): each plane
     is the sum over `chunks`, every one of which covers a part of x's columns. Every offset is a multiple of 32.
     """
     num_chunks, _, num_tokens, columns = planes.shape
@@ -29,6 +31,19 @@ def lora_shrink(
     grid = min(work.max_items * num_chunks, num_programs(x.device, 3 if work.decode else 2))
     if not grid:
         return
+    meta: dict[str, Any] = {
+        "FEATURES": features,
+        "MODULES": modules,
+        "PLANE_WIDTH": columns // modules,
+        "SPLIT": split,
+        "CHUNKS": num_chunks,
+        "CHUNK": triton.cdiv(triton.cdiv(features, num_chunks), block_k) * block_k,
+        "TILE_TOKENS": work.tile_tokens,
+        "BLOCK_N": max(16, triton.next_power_of_2(columns)),
+        "BLOCK_K": block_k,
+        "num_warps": 4,
+        "num_stages": 4 if work.decode else 3,
+    }
     _lora_shrink[(grid,)](
         x,
         x.stride(0),
@@ -45,17 +60,7 @@ def lora_shrink(
         num_tokens,
         planes.stride(0),
         planes.stride(1),
-        FEATURES=features,
-        MODULES=modules,
-        PLANE_WIDTH=columns // modules,
-        SPLIT=split,
-        CHUNKS=num_chunks,
-        CHUNK=triton.cdiv(triton.cdiv(features, num_chunks), block_k) * block_k,
-        TILE_TOKENS=work.tile_tokens,
-        BLOCK_N=max(16, triton.next_power_of_2(columns)),
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=4 if work.decode else 3,
+        **meta,
     )
 
 
@@ -91,7 +96,8 @@ def _lora_shrink(
     module, row = column // PLANE_WIDTH, column % PLANE_WIDTH
     in_plane = module < MODULES
     for unit in range(tl.program_id(0), tl.load(counts + 1) * CHUNKS, tl.num_programs(0)):
-        item, chunk = items + unit // CHUNKS * 4, unit % CHUNKS
+        item = items + unit // CHUNKS * 4
+        chunk = tl.cast(unit, tl.int32) % CHUNKS
         first, tokens = tl.load(item), tl.load(item + 1)
         slice_row, plane = tl.load(item + 2).to(tl.int64), tl.load(item + 3).to(tl.int64)
 

@@ -18,7 +18,7 @@ _FULL_TILES = 64  # with as many prefill tiles a GPU is full without chunks
 
 
 class LoRAWork:
-    """Buffers of one step, or of every step of one captured graph; `prepare` fills them.
+    """Buffers of one step, or of every step of one captured graph; `list_work` fills them.
 
     segments: (num_segments, 4) and slices: (num_slice_refs,), any integer type, on the device: see `LoRABatch`. Segments
         that are all zero are padding.
@@ -55,12 +55,6 @@ class LoRAWork:
         self._planes = torch.empty(
             self._num_chunks() * self._plane_elements, dtype=torch.float32, device=device
         )
-
-    def prepare(self) -> None:
-        """Launch the kernel that makes the list from what `segments` and `slices` hold then."""
-        from manylora.kernels import lora_work_triton
-
-        lora_work_triton.list_work(self)
 
     def planes(self, features: int, columns: int) -> torch.Tensor:
         """Where a shrink of `features` inputs writes: (chunks, max_slices, num_tokens, columns) float32.

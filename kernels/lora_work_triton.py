@@ -1,6 +1,8 @@
-"""The kernel behind `LoRAWork.prepare`."""
+"""The kernel that makes the work list of a step."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -13,6 +15,11 @@ _BLOCK_SEGMENTS = 256
 
 def list_work(work: LoRAWork) -> None:
     """Fill `tiles`, `items` and `counts`. Tiles lie in the order of their segments, items in that of their tiles."""
+    meta: dict[str, Any] = {
+        "TILE_TOKENS": work.tile_tokens,
+        "BLOCK": _BLOCK,
+        "BLOCK_SEGMENTS": _BLOCK_SEGMENTS,
+    }
     _list_work[(triton.cdiv(max(work.max_items, 1), _BLOCK),)](
         work.segments,
         work.slices,
@@ -20,9 +27,7 @@ def list_work(work: LoRAWork) -> None:
         work.items,
         work.counts,
         len(work.segments),
-        TILE_TOKENS=work.tile_tokens,
-        BLOCK=_BLOCK,
-        BLOCK_SEGMENTS=_BLOCK_SEGMENTS,
+        **meta,
     )
 
 

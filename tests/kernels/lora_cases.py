@@ -15,6 +15,7 @@ from manylora.kernels.lora_expand_triton import lora_expand as lora_expand_trito
 from manylora.kernels.lora_shrink import lora_shrink
 from manylora.kernels.lora_shrink_triton import lora_shrink as lora_shrink_triton
 from manylora.kernels.lora_work import LoRAWork
+from manylora.kernels.lora_work_triton import list_work
 
 NAN = float("nan")
 PATTERNS = ("distinct", "uniform", "zipf", "identical", "skewed")
@@ -143,7 +144,7 @@ class Site:
             num_tokens,
             16 * len(self.out_sizes),
         )
-        work.prepare()
+        list_work(work)
         return work
 
     def apply(self, work: LoRAWork, x: torch.Tensor, y: torch.Tensor, parts: int = 1) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from manylora.kernels.lora_work import DECODE_TILE, PREFILL_TILE, LoRAWork
+from manylora.kernels.lora_work_triton import list_work
 from tests.kernels.lora_cases import NAN, PATTERNS, RANKS, Site, popular_runs
 
 torch.set_num_threads(1)
@@ -93,7 +94,7 @@ def test_the_work_list(num_tokens: int) -> None:
             tiles.append([token, tokens, entry, count])
             items += [[token, tokens, slices[entry + p], p] for p in range(count)]
     work = LoRAWork(torch.tensor(segments), torch.tensor(slices), 3, num_tokens, 16)
-    work.prepare()
+    list_work(work)
     assert work.counts.tolist() == [len(tiles), len(items)]
     assert len(tiles) <= work.max_tiles
     assert len(items) <= work.max_items
@@ -104,7 +105,7 @@ def test_the_work_list(num_tokens: int) -> None:
 def test_the_list_reaches_past_a_block_of_segments() -> None:
     segments = torch.tensor([[i, i + 1, i, 1] for i in range(300)])
     work = LoRAWork(segments, torch.arange(300) + 7, 1, 300, 16)
-    work.prepare()
+    list_work(work)
     assert work.items.tolist() == [[i, 1, i + 7, 0] for i in range(300)]
 
 
