@@ -69,7 +69,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: ForwardBatch) -> PendingOutput | None:
         """Launch one step. Returns its coming result on rank 0, None on the others."""
-        host, device = self._upload(plan.payload)
+        _, device = self._upload(plan.payload)
         bounds = section_bounds(plan.counts)
         sections = {name: _view(device, *bound) for name, bound in bounds.items()}
         self._state.apply(sections)
@@ -77,8 +77,12 @@ class ModelRunner:
             self._pool.copy_pages(sections["copies"])
         lora = None
         if plan.max_slices:
-            segments, slices = _view(host, *bounds["segments"]), _view(host, *bounds["slices"])
-            lora = LoRABatch(segments, slices.squeeze(1), plan.max_slices)
+            segments, slices = sections["segments"], sections["slices"].squeeze(1)
+            lora = LoRABatch(segments, slices, plan.max_slices)
+            if device.is_cuda:
+                geometry = self._pool.geometry
+                lora = LoRABatch.on_device(segments, slices, plan.max_slices, plan.num_tokens, geometry)
+                lora.prepare()
         inputs = self._step_inputs(plan, sections, lora)
         hidden = self._model.forward(inputs, self._kv_cache)
         columns: dict[str, torch.Tensor] = {}

@@ -55,8 +55,11 @@ class SameAgain:
     def __init__(self, layer: LoRALayer) -> None:
         self.weight = layer.weight
 
-    def apply(self, x: Tensor, y: Tensor, batch: LoRABatch) -> None:
-        y += F.linear(x, self.weight)
+    def begin(self, x: Tensor, batch: LoRABatch) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def finish(self, begun: Tensor, y: Tensor, batch: LoRABatch) -> None:
+        y += begun
 
 
 def double_every_projection(decoder: Decoder) -> LoRABatch:
