@@ -22,7 +22,7 @@ _COMBINE = 16  # partial results combined at a time
 
 
 class Launch(NamedTuple):
-    """How the kernel is cut. `programs` of them must be resident at once, or the last ones start late."""
+    """How the kernel is cut. The GPU must hold all `programs` at once, or the last ones start late."""
 
     programs: int
     block_n: int
@@ -56,9 +56,9 @@ def paged_decode_attention(
         return
     if any(x.stride(-1) != 1 for x in (q, kv_cache, page_table, out)):
         raise ValueError("paged_decode_attention takes tensors whose last dimension is contiguous")
-    launch = launch or _default_launch(q.device, q.dtype)
     block_m = max(16, triton.next_power_of_2(heads // kv_heads))
     block_d = max(16, triton.next_power_of_2(head_dim))
+    launch = launch or _default_launch(q.device, q.dtype, block_d)
     workspace = _workspace(q.device, launch.programs, block_m, block_d)
     constants: dict[str, Any] = {
         "KV_HEADS": kv_heads,
@@ -90,13 +90,15 @@ def paged_decode_attention(
 
 
 @cache
-def _default_launch(device: torch.device, dtype: torch.dtype) -> Launch:
+def _default_launch(device: torch.device, dtype: torch.dtype, block_d: int) -> Launch:
     if device.type == "cpu":  # the interpreter
         return Launch(programs=5, block_n=32, num_warps=4, num_stages=1)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     if dtype.itemsize > 2:
         return Launch(programs=2 * sms, block_n=32, num_warps=4, num_stages=2)
-    return Launch(programs=2 * sms, block_n=64, num_warps=4, num_stages=3)
+    # Page ids and then K and V are loads that depend on each other: five stages are two tiles ahead. Registers allow
+    # three programs on an SM of Hopper, shared memory just so.
+    return Launch(programs=3 * sms, block_n=min(64, 8192 // block_d), num_warps=4, num_stages=5)
 
 
 @cache
@@ -209,12 +211,12 @@ def _decode(
 
         acc = acc / row_sum[:, None]
         if first == 0 and end == head_tiles:
-            at = row.to(tl.int64) * out_row_stride + (head * GROUP + m)[:, None] * out_head_stride
-            tl.store(out + at + dims[None, :], acc.to(out.dtype.element_ty), mask=real)
+            out_at = row.to(tl.int64) * out_row_stride + (head * GROUP + m)[:, None] * out_head_stride
+            tl.store(out + out_at + dims[None, :], acc.to(out.dtype.element_ty), mask=real)
         else:
             place = program * 2 + tl.where(first == 0, 1, 0)
-            at = (place * BLOCK_M + m)[:, None] * BLOCK_D + dims[None, :]
-            tl.store(partial + at, acc, mask=real)
+            partial_at = (place * BLOCK_M + m)[:, None] * BLOCK_D + dims[None, :]
+            tl.store(partial + partial_at, acc, mask=real)
             tl.store(lse + place * BLOCK_M + m, row_max + tl.log2(row_sum))
             if first == 0:
                 cut_item = row * KV_HEADS + head

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from manylora.kernels.attention_tile import LOG2_E, MASKED, UNMASKED, attend_tile, find_row, row_tile
 
+_SHARED_BYTES = 160 << 10  # that the large blocks need, as Hopper has them
+
 
 class Launch(NamedTuple):
     """How the kernel is cut: block_m (token, head) pairs against block_n keys at a time."""
@@ -45,7 +47,8 @@ def paged_prefill_attention(
     if any(x.stride(-1) != 1 for x in (q, kv_cache, page_table, rows, out)):
         raise ValueError("paged_prefill_attention takes tensors whose last dimension is contiguous")
     group = heads // kv_heads
-    launch = launch or _default_launch(q.device.type, q.dtype, num_tokens * group > 128 * num_rows)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    launch = launch or _default_launch(q.device, q.dtype, block_d, num_tokens * group >= 128 * num_rows)
     block_m = max(launch.block_m, triton.next_power_of_2(group))
     block_tokens = block_m // group
     source: list[Any] = [
@@ -65,7 +68,7 @@ def paged_prefill_attention(
         "BLOCK_TOKENS": block_tokens,
         "BLOCK_M": block_m,
         "BLOCK_N": launch.block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": block_d,
         "BLOCK_R": row_tile(num_rows),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
@@ -76,15 +79,19 @@ def paged_prefill_attention(
 
 
 @cache
-def _default_launch(device_type: str, dtype: torch.dtype, long: bool) -> Launch:
+def _default_launch(device: torch.device, dtype: torch.dtype, block_d: int, long: bool) -> Launch:
     """`long`: the average row fills a large block."""
-    if device_type == "cpu":  # the interpreter
+    if device.type == "cpu":  # the interpreter
         return Launch(block_m=16, block_n=32, num_warps=4, num_stages=1)
     if dtype.itemsize > 2:
         return Launch(block_m=32, block_n=32, num_warps=4, num_stages=2)
+    block_n = min(64, 8192 // block_d)
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _SHARED_BYTES:
+        return Launch(block_m=64, block_n=block_n // 2, num_warps=4, num_stages=3)
+    # Page ids and then K and V are loads that depend on each other: five stages are two tiles ahead.
     if long:
-        return Launch(block_m=128, block_n=64, num_warps=8, num_stages=3)
-    return Launch(block_m=64, block_n=64, num_warps=4, num_stages=3)
+        return Launch(block_m=128, block_n=block_n, num_warps=8, num_stages=5)
+    return Launch(block_m=64, block_n=block_n, num_warps=4, num_stages=5)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
