@@ -134,7 +134,7 @@ def test_zero_temperature_is_greedy_and_ties_go_to_the_lowest_id() -> None:
 
 def test_extreme_uniforms_stay_inside_what_is_kept() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf, -torch.inf]]).repeat(2, 1)
-    assert _sample(logits, torch.tensor([0.0, 1 - 2.0**-24])) == [2, 0]
+    assert _sample(logits, torch.tensor([0.0, 1 - 2.0**-24])) == [0, 2]
 
 
 def test_penalties_match_their_definition() -> None:
