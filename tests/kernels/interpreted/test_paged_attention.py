@@ -14,7 +14,7 @@ from tests.kernels.paged_rows import PagedRows, Spans
 
 torch.set_num_threads(1)
 
-SHAPES = [(4, 4, 64), (4, 1, 64), (8, 1, 32), (6, 2, 24), (7, 1, 16)]  # heads, kv heads, head dim
+SHAPES = [(4, 4, 64), (4, 1, 128), (8, 1, 64), (6, 2, 24), (7, 1, 16)]  # heads, kv heads, head dim
 LENGTHS = {
     "one": [1],
     "page edges": [15, 16, 17, 31, 32, 33, 64],
