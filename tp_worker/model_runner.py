@@ -12,6 +12,7 @@ import torch
 
 from manylora.lora.lora_batch import LoRABatch
 from manylora.runtime.plan import ForwardBatch, ForwardOutput, section_bounds
+from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.logprobs import Logprobs, join_logprobs, raw_logprobs, select_logprobs
 from manylora.tp_worker.memory_pool import PagePool
 from manylora.tp_worker.sampler import draw_tokens
@@ -59,12 +60,14 @@ class ModelRunner:
         self._pool = pool
         self._kv_cache = pool.kv_view()
         self._state = state
+        state.page_table[state.dummy_slot] = pool.dummy_page
         self._page_size = pool.geometry.page_size
         self._prompt_chunk = max(1, PROMPT_LOGITS_BYTES // (4 * vocab_size))
         self._answers = tp_rank == 0
         device = pool.elements.device
         self._upload = Upload(device)
         self._download = Download(device)
+        self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def execute(self, plan: ForwardBatch) -> PendingOutput | None:
@@ -75,25 +78,55 @@ class ModelRunner:
         self._state.apply(sections)
         if plan.count("copies"):
             self._pool.copy_pages(sections["copies"])
-        lora = None
-        if plan.max_slices:
-            segments, slices = sections["segments"], sections["slices"].squeeze(1)
-            lora = LoRABatch(segments, slices, plan.max_slices)
-            if device.is_cuda:
-                geometry = self._pool.geometry
-                lora = LoRABatch.on_device(segments, slices, plan.max_slices, plan.num_tokens, geometry)
-                lora.prepare()
-        inputs = self._step_inputs(plan, sections, lora)
-        hidden = self._model.forward(inputs, self._kv_cache)
-        columns: dict[str, torch.Tensor] = {}
-        if plan.count("samples"):
-            columns |= self._sample(plan, sections, hidden)
-        if plan.count("prompt_lps"):
-            columns |= self._prompt_logprobs(plan, sections["prompt_lps"], hidden)
+        columns = self._decode(plan, sections) or self._forward(plan, sections)
         if not self._answers:
             return None
         columns.setdefault("tokens", device.new_empty(0, dtype=torch.int32))
         return PendingOutput(plan.step, self._download(columns))
+
+    def use_graphs(self, graphs: DecodeGraphs) -> None:
+        """Run decode steps by these graphs from now on, where they have one."""
+        self._graphs = graphs
+
+    def model_step(self, inputs: StepInputs) -> torch.Tensor:
+        """The forward over this runner's cache: what a graph captures."""
+        return self._model.forward(inputs, self._kv_cache)
+
+    def _decode(
+        self, plan: ForwardBatch, sections: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor] | None:
+        """A step of nothing but decode rows, by a graph; None if there is none for it."""
+        if self._graphs is None or plan.num_prefill_rows:
+            return None
+        result = self._graphs.run(plan.num_rows, plan.max_slices, sections)
+        if result is None:
+            return None
+        if plan.greedy and not plan.penalties and not plan.min_new and plan.num_top < 0:
+            return {"tokens": result.tokens[: plan.num_rows]}
+        return self._sample(plan, sections, result.logits[: plan.num_rows])
+
+    def _forward(self, plan: ForwardBatch, sections: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A step of any rows, operation by operation."""
+        inputs = self._step_inputs(plan, sections, self._lora_batch(plan, sections))
+        hidden = self.model_step(inputs)
+        columns: dict[str, torch.Tensor] = {}
+        if plan.count("samples"):
+            _, _, num_new, offsets = sections["rows"][sections["samples"][:, 0]].unbind(1)
+            columns |= self._sample(plan, sections, self._model.logits(hidden[offsets + num_new - 1]))
+        if plan.count("prompt_lps"):
+            columns |= self._prompt_logprobs(plan, sections["prompt_lps"], hidden)
+        return columns
+
+    def _lora_batch(self, plan: ForwardBatch, sections: dict[str, torch.Tensor]) -> LoRABatch | None:
+        if not plan.max_slices:
+            return None
+        segments, slices = sections["segments"], sections["slices"].squeeze(1)
+        if not segments.is_cuda:
+            return LoRABatch(segments, slices, plan.max_slices)
+        geometry = self._pool.geometry
+        batch = LoRABatch.on_device(segments, slices, plan.max_slices, plan.num_tokens, geometry)
+        batch.prepare()
+        return batch
 
     def _step_inputs(
         self,
@@ -123,11 +156,11 @@ class ModelRunner:
         )
 
     def _sample(
-        self, plan: ForwardBatch, sections: dict[str, torch.Tensor], hidden: torch.Tensor
+        self, plan: ForwardBatch, sections: dict[str, torch.Tensor], logits: torch.Tensor
     ) -> dict[str, torch.Tensor]:
+        """Draw the plan's samples from their logits, which are overwritten."""
         row, positions = sections["samples"].unbind(1)
-        slots, _, num_new, offsets = sections["rows"][row].unbind(1)
-        logits = self._model.logits(hidden[offsets + num_new - 1])
+        slots = sections["rows"][row, 0]
         wanted = self._answers and plan.num_top >= 0
         logprobs = raw_logprobs(logits) if wanted else None  # before sampling overwrites the logits
         tokens, finite = draw_tokens(plan, logits, self._state, slots, positions)
