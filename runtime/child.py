@@ -77,9 +77,9 @@ class ChildContext:
 def run_child(role: str, argv: list[str], main: Callable[[ServerConfig, ChildContext], None]) -> NoReturn:
     """Run `main` as a child of the supervisor and exit: 0 if it returns, 1 after telling why it failed.
 
-    `argv` is the config file followed by what `main` finds in `context.args`.
+    `main` closes what must be closed: there is no interpreter teardown (no atexit). `argv` is the config file followed by what `main` finds in `context.args`.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what an interrupt means, the supervisor decides
     faulthandler.enable()
     config = msgspec.json.decode(Path(argv[0]).read_bytes(), type=ServerConfig)
     _die_with_parent(config.supervisor_pid)
@@ -95,9 +95,9 @@ def run_child(role: str, argv: list[str], main: Callable[[ServerConfig, ChildCon
             info = ErrorInfo(ManyloraError.code, _one_line(error), ManyloraError.status)
         context.supervisor.send(ChildFailed(info))
         context.close()
-        _exit_now(1)
+        _exit(1)
     context.close()
-    sys.exit(0)
+    _exit(0)
 
 
 def _die_with_parent(supervisor_pid: int) -> None:
@@ -113,8 +113,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _exit_now(code: int) -> NoReturn:
-    """Exit past threads that hang in a collective or a read: the process is beyond saving."""
+def _exit(code: int) -> NoReturn:
+    """Exit past the interpreter's teardown: it may wait for a thread that hangs in a collective, and takes seconds to
+    free what the kernel frees at once."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

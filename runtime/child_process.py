@@ -30,6 +30,9 @@ _ENVIRONMENT = {
 }
 
 
+_LAST_WORDS_MS = 500  # how long to wait for the connection of a dead child to end; some never had one
+
+
 class ChildProcess:
     """Started on construction: `python -m module <config file> args…`, in a process group of its own.
 
@@ -58,6 +61,7 @@ class ChildProcess:
             receives=ChildToSupervisor,
             epoch=config.epoch,
         )
+        self._disconnected = self.pipe.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         config_file = Path(config.run_dir) / f"{role}.{config.epoch}.json"
         config_file.write_bytes(msgspec.json.encode(config))
         self._process = subprocess.Popen(
@@ -99,7 +103,17 @@ class ChildProcess:
         self.kill()  # before the wait: until then the group's number is surely ours
         self._process.wait()
 
+    def last_words(self) -> list[ChildToSupervisor]:
+        """What it said and nobody has read. Only after `reap`.
+
+        Its last message may still be on its way through our ZeroMQ thread, which reports the connection's end after it.
+        """
+        self._disconnected.poll(_LAST_WORDS_MS)
+        return self.pipe.drain()
+
     def close(self) -> None:
+        self.pipe.socket.disable_monitor()
+        self._disconnected.close()
         self.pipe.close()
         os.close(self.pidfd)
 

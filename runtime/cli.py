@@ -19,7 +19,7 @@ _BAD_COMMAND_LINE = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
-    command, *rest = sys.argv[1:] if argv is None else argv or [""]
+    command, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if command == "--version":
         sys.stdout.write(f"manylora {manylora.__version__}\n")
         return 0

@@ -7,6 +7,7 @@ say in the docstring when it is raised. Across processes an error travels as `Er
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import msgspec
@@ -168,3 +169,17 @@ class ProtocolError(ManyloraError):
 
     code = "protocol_error"
     status = 500
+
+
+def error_from(info: ErrorInfo) -> ManyloraError:
+    """The exception that `info` was made from: its own class where the code is one of ours, else RemoteError."""
+    for kind in _all_errors(ManyloraError):
+        if kind.code == info.code and kind.status == info.status and kind is not RemoteError:
+            return kind(info.message, param=info.param)
+    return RemoteError(info)
+
+
+def _all_errors(base: type[ManyloraError]) -> Iterator[type[ManyloraError]]:
+    yield base
+    for kind in base.__subclasses__():
+        yield from _all_errors(kind)

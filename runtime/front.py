@@ -14,7 +14,7 @@ import uvloop
 
 from manylora.runtime.child import ChildContext, run_child
 from manylora.runtime.config import ServerConfig
-from manylora.runtime.errors import ManyloraError, RemoteError, ShuttingDownError
+from manylora.runtime.errors import ManyloraError, ShuttingDownError, error_from
 from manylora.runtime.http_common import HttpState
 from manylora.runtime.http_server import serving
 from manylora.runtime.messages import EngineFailed, FrontToScheduler, SchedulerToFront
@@ -60,7 +60,7 @@ class _Orders:
         for message in self._context.supervisor.drain():
             self.to_end = True
             if isinstance(message, EngineFailed):
-                self._manager.fail(RemoteError(message.error))
+                self._manager.fail(error_from(message.error))
             else:
                 self._manager.fail(ShuttingDownError("The server is shutting down."))
 

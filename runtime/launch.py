@@ -126,8 +126,9 @@ def _stop_on_signals(supervisor: Supervisor) -> None:
         supervisor.kill()
 
     signal.set_wakeup_fd(supervisor.wake_fd, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # else it is under nohup
+            signal.signal(number, stop)
 
 
 def _fail(error: ErrorInfo) -> int:

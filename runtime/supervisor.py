@@ -204,7 +204,7 @@ class Supervisor:
         self._start("scheduler")
         self._start("loader")
         for rank in range(tp_size):
-            num_threads = max(1, (os.cpu_count() or 1) // tp_size)
+            num_threads = max(1, len(os.sched_getaffinity(0)) // tp_size)
             self._start(f"worker{rank}", str(rank), num_threads=num_threads)
 
     def _restart_loader(self, dead: ChildProcess) -> bool:
@@ -236,20 +236,18 @@ class Supervisor:
     # ---- ending ---------------------------------------------------------------------------------------------------
 
     def _end_orderly(self) -> None:
-        """The front answers what waits, then the engine ends, then what is left is killed (by `run`)."""
+        """The front answers what waits, the scheduler ends the engine. What does not end in time is killed by `run`."""
         logger.info("shutting down")
-        serving = "scheduler" in self._ready
         self._tell("front", Shutdown())
-        if not serving:  # nothing runs that could need an orderly end; a worker that loads would not listen
-            self._kill_all_but("front")
-        self._await_exits({"front"})
-        if serving:
+        if "scheduler" in self._ready:
             self._tell("scheduler", Shutdown())
             self._await_exits(set(self._children))
+        else:  # a worker that loads would not listen
+            self._kill_all_but("front")
+            self._await_exits({"front"})
 
     def _end_after(self, failure: ErrorInfo) -> None:
         """Workers that wait for a dead peer in a collective never listen: kill all; the front answers honestly."""
-        logger.error("the server ends: %s", failure.message)
         self._kill_all_but("front")
         self._tell("front", EngineFailed(failure))
         self._await_exits({"front"})
@@ -282,7 +280,7 @@ class Supervisor:
 
     def _forget(self, child: ChildProcess) -> None:
         child.reap()
-        for message in child.pipe.drain():
+        for message in child.last_words():
             self._handle(child, message)
         self._poller.unregister(child.pipe.socket)
         self._poller.unregister(child.pidfd)

@@ -1,7 +1,8 @@
 """What an adapter, a pin and a request must fit beside, so that every admitted request can finish alone.
 
-Pinned adapters never leave memory. So a request needs its KV and its adapter beside all of them, every other adapter
-needs room beside them and one page of KV, and its host copy needs room beside theirs.
+Pinned adapters never leave memory. So a request needs its KV and its adapter beside all of them, and every other
+adapter needs room beside them and one page of KV. In host memory each adapter only has to fit alone: a resident one
+needs no copy there.
 """
 
 from __future__ import annotations
@@ -15,22 +16,17 @@ from manylora.scheduler.version import Version
 
 
 class FitChecker:
-    def __init__(
-        self, limits: PoolLimits, *, page_size: int, max_kv_pages: int, max_loaded_loras: int | None
-    ) -> None:
+    def __init__(self, limits: PoolLimits, *, page_size: int, max_kv_pages: int) -> None:
         self._limits = limits
         self._page_size = page_size
         self._max_kv_pages = max_kv_pages
-        self._max_copies = max_loaded_loras
 
-    def check_sequence(
-        self, sequence: Sequence, version: Version | None, versions: Iterable[Version]
-    ) -> None:
+    def check_sequence(self, sequence: Sequence, version: Version | None, pinned: Iterable[Version]) -> None:
         """Raise ContextLengthError if the sequence could not even run alone."""
         pages = self._kv_pages(sequence)
-        pinned = _pages(v for v in versions if v.pinned and v is not version)
+        held = _pages(v for v in pinned if v is not version)
         own = version.num_pages if version else 0
-        room = min(self._max_kv_pages, self._limits.num_pages - pinned - own)
+        room = min(self._max_kv_pages, self._limits.num_pages - held - own)
         if pages > room:
             raise ContextLengthError(
                 f"The request needs memory for {sequence.kv_tokens} tokens (prompt and max_new_tokens); with its "
@@ -62,10 +58,7 @@ class FitChecker:
         self._refuse_over(new, "pages", held + max(kv_alone, kv_beside, largest + 1), limits.num_pages)
         slices = sum(v.num_slices for v in pinned) + max((v.num_slices for v in others), default=0)
         self._refuse_over(new, "slices", slices, limits.num_slices)
-        self._refuse_over(new, "host pages", held + largest, limits.num_host_pages)
-        if self._max_copies is not None:
-            copies = len(pinned) + bool(others)
-            self._refuse_over(new, "host copies (--max-loaded-loras)", copies, self._max_copies)
+        self._refuse_over(new, "host pages", new.num_pages, limits.num_host_pages)
 
     def _kv_pages(self, sequence: Sequence) -> int:
         return -(-sequence.kv_tokens // self._page_size)

@@ -10,6 +10,7 @@ A version in the middle of a staging or a copy cannot die before every rank has 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -27,20 +28,22 @@ from manylora.runtime.messages import (
     AdapterImage,
     AdapterReply,
     AdapterStaged,
-    CopyAdapter,
     LoadAdapter,
     LoadFailed,
     LoadJob,
     UnloadAdapter,
-    pack_i32,
 )
 from manylora.scheduler.adapter_calls import check_load, check_requested, not_loaded
 from manylora.scheduler.adapter_limits import FitChecker
-from manylora.scheduler.host_tier import HostTier, Outbox
+from manylora.scheduler.device_tier import DeviceTier
+from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
-from manylora.scheduler.memory import Memory
+from manylora.scheduler.outbox import Outbox
+from manylora.scheduler.prefix_tree import PrefixTree
 from manylora.scheduler.sequence import Sequence
-from manylora.scheduler.version import DeviceCopy, HostCopy, RankAcks, Version
+from manylora.scheduler.version import DeviceCopy, HostCopy, Version
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,11 +62,11 @@ class AdapterTable:
     def __init__(
         self,
         args: LoRAArgs,
-        memory: Memory,
-        host: HostTier,
-        fit: FitChecker,
         *,
-        tp_size: int,
+        host: HostTier,
+        device: DeviceTier,
+        tree: PrefixTree,
+        fit: FitChecker,
         clock: StepClock,
         outbox: Outbox,
         live_sequences: Callable[[], Iterable[Sequence]],
@@ -73,14 +76,15 @@ class AdapterTable:
         self.names: dict[str, Version] = {}  # in load order
         self.versions: dict[int, Version] = {}  # every one that lives, loads under way included
         self.loads: dict[str, Load] = {}  # by name
+        self.pinned: list[Version] = []  # those being loaded included
         self._max_pinned = args.max_loras_per_batch - 1
         self._jobs: dict[int, Load | Version] = {}
         self._num_jobs = 0
         self._num_versions = 0
-        self._memory = memory
         self._host = host
+        self._device = device
+        self._tree = tree
         self._fit = fit
-        self._tp_size = tp_size
         self._clock = clock
         self._outbox = outbox
         self._live_sequences = live_sequences
@@ -112,8 +116,7 @@ class AdapterTable:
         assert version.leases > 0
         version.leases -= 1
         self.touch(version)
-        self._bury_if_dead(version)
-        self._host.pump()
+        self._settle(version)
 
     # ---- calls --------------------------------------------------------------------------------------------------
 
@@ -180,6 +183,8 @@ class AdapterTable:
             self._end_load(load, error.info())
             return
         self.versions[version.id] = version
+        if version.pinned:
+            self.pinned.append(version)
         load.version = version
         self._host.enqueue(version, image)
 
@@ -204,34 +209,29 @@ class AdapterTable:
             return
         error = version.acks.error
         self._host.staged(version)
+        if error:
+            self._host.drop(version)
         load = self.loads.get(version.name)
         if load is not None and load.version is version:
             if error:
-                self._host.drop(version)
+                self._unpin(version)
                 del self.versions[version.id]
             else:
                 self._register(version)
             self._end_load(load, error)
         elif error:
-            self._host.drop(version)
             self._on_unavailable(version, error)
-            self._bury_if_dead(version)
-        else:
-            self._bury_if_dead(version)
-        self._host.pump()
+        self._settle(version)
 
     def on_copied(self, answer: AdapterCopied) -> None:
         version = self.versions[answer.version]
         assert version.device is DeviceCopy.COPYING
         if not version.acks.add(answer.error):
             return
-        version.device = DeviceCopy.RESIDENT
+        self._device.copied(version)
         if error := version.acks.error:
-            version.copy_failed = True
-            self._memory.free_adapter(version)
             self._on_unavailable(version, error)
-        self._bury_if_dead(version)
-        self._host.pump()
+        self._settle(version)
 
     # ---- residency ----------------------------------------------------------------------------------------------
 
@@ -244,26 +244,12 @@ class AdapterTable:
             self._start_job(version, version.path, version.digest)
         return False
 
-    def make_resident(self, version: Version) -> bool:
-        """Start the copy of a version that is on the host, unless it is resident or under way; False: no room now."""
-        if version.device is not DeviceCopy.NONE:
-            return True
-        assert version.host is HostCopy.STAGED
-        if not self._memory.take_adapter(version):
-            return False
-        version.device = DeviceCopy.COPYING
-        version.acks = RankAcks(self._tp_size)
-        self._outbox.to_workers.append(
-            CopyAdapter(version.id, pack_i32(version.pages), pack_i32(version.slices))
-        )
-        return True
-
     def pins_ready(self) -> bool:
         """Bring every pinned adapter into memory; False while one waits for room."""
         ready = True
-        for version in self.names.values():
-            if version.pinned and not version.copy_failed:
-                ready &= self.make_resident(version)
+        for version in self.pinned:
+            if version.named and not version.copy_failed:
+                ready &= self._device.make_resident(version)
         return ready
 
     # ---- ends ---------------------------------------------------------------------------------------------------
@@ -272,6 +258,14 @@ class AdapterTable:
         old = self.names.pop(version.name, None)
         self.names[version.name] = version
         version.named = True
+        logger.info(
+            "LoRA adapter loaded: %s from %s (version %d, rank %d, %d pages)",
+            version.name,
+            version.path,
+            version.id,
+            version.max_rank,
+            version.num_pages,
+        )
         if old is not None:
             self._retire(old)
 
@@ -282,27 +276,35 @@ class AdapterTable:
 
     def _retire(self, version: Version) -> None:
         """Its name is gone; it lives on its leases."""
-        version.named = version.pinned = False
-        self._bury_if_dead(version)
-        self._host.pump()
+        version.named = False
+        self._unpin(version)
+        self._settle(version)
+
+    def _unpin(self, version: Version) -> None:
+        if version.pinned:
+            self.pinned.remove(version)
+            version.pinned = False
 
     def _lose_host_copy(self, version: Version, error: ErrorInfo) -> None:
         version.host = HostCopy.NONE
         self._on_unavailable(version, error)
-        self._bury_if_dead(version)
+        self._settle(version)
 
-    def _bury_if_dead(self, version: Version) -> None:
+    def _settle(self, version: Version) -> None:
+        """After a change: bury the version if it is dead, and let others have the host memory that became free."""
+        under_way = version.host is HostCopy.STAGING or version.device is DeviceCopy.COPYING
+        if not (version.named or version.leases or under_way) and version.id in self.versions:
+            self._bury(version)
+        self._host.pump()
+
+    def _bury(self, version: Version) -> None:
         """Free everything of a version that nobody can reach any more, and answer who waits for that."""
-        if version.named or version.leases or version.id not in self.versions:
-            return
-        if version.host is HostCopy.STAGING or version.device is DeviceCopy.COPYING:
-            return
-        if version.device is DeviceCopy.RESIDENT:
-            self._memory.free_adapter(version)
-        self._jobs = {job: owner for job, owner in self._jobs.items() if owner is not version}
+        self._device.drop(version)
         self._host.drop(version)
-        self._memory.tree.drop(version.id)
+        self._tree.drop(version.id)
+        self._jobs = {job: owner for job, owner in self._jobs.items() if owner is not version}
         del self.versions[version.id]
+        logger.info("LoRA adapter unloaded: %s (version %d)", version.name, version.id)
         for call in version.unload_calls:
             self._reply(call, None)
 

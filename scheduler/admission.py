@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from manylora.scheduler.adapter_table import AdapterTable
+from manylora.scheduler.device_tier import DeviceTier
 from manylora.scheduler.roster import Roster
 from manylora.scheduler.sequence import Sequence
 from manylora.scheduler.sequence_memory import SequenceMemory
@@ -36,6 +37,7 @@ class Admission:
         self,
         roster: Roster,
         adapters: AdapterTable,
+        device: DeviceTier,
         memory: SequenceMemory,
         *,
         max_adapters: int,
@@ -43,6 +45,7 @@ class Admission:
     ) -> None:
         self._roster = roster
         self._adapters = adapters
+        self._device = device
         self._memory = memory
         self._max_adapters = max_adapters
         self._chunk_size = chunk_size
@@ -86,7 +89,7 @@ class Admission:
         if walk.places <= 0:
             self._drain_for(version, sequence.arrival, step)
             return False
-        if not self._adapters.make_resident(version):
+        if not self._device.make_resident(version):
             walk.stopped = True
             return False
         walk.places -= 1
@@ -117,7 +120,7 @@ class Admission:
         if ends:
             first = min(ends, key=lambda version_id: ends[version_id])
             self._drains[first] = Drain(versions[first], waiter, arrival, ends[first])
-            self._adapters.make_resident(waiter)
+            self._device.make_resident(waiter)
 
     def _drop_old_drains(self) -> None:
         """Forget drains that are done, or whose waiter runs or waits no more."""

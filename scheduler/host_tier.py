@@ -1,34 +1,23 @@
 """Adapters' copies in host memory: which version has one, whose goes when room is needed, and the staging of new ones.
 
 Bounded by the workers' host pages and by `max_loaded_loras`. A copy is dropped least recently used first; never one
-that is pinned, under way, or the only one of an adapter that requests wait for.
+that is under way, or that is yet to be copied into device memory for requests that wait or for a pin.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
 
 from manylora.runtime.messages import AdapterImage, DropAdapter, StageAdapter, pack_i32
 from manylora.scheduler.id_pool import IdPool, StepClock
+from manylora.scheduler.outbox import Outbox
 from manylora.scheduler.version import DeviceCopy, HostCopy, RankAcks, Version
-
-
-@dataclass(slots=True)
-class Outbox:
-    """Messages to send, in order; the process empties the lists. `released_images` are files to unlink."""
-
-    to_front: list[Any] = field(default_factory=list[Any])
-    to_workers: list[Any] = field(default_factory=list[Any])
-    to_loader: list[Any] = field(default_factory=list[Any])
-    released_images: list[str] = field(default_factory=list[str])
 
 
 class HostTier:
     def __init__(self, num_pages: int, max_copies: int | None, tp_size: int, outbox: Outbox) -> None:
         self.pool = IdPool(num_pages, StepClock())
-        self.max_copies = max_copies
+        self._max_copies = max_copies
         self._tp_size = tp_size
         self._outbox = outbox
         self._copies: dict[int, Version] = {}  # STAGING or STAGED
@@ -78,7 +67,7 @@ class HostTier:
     def _make_room(self, version: Version) -> bool:
         """Drop the copies unused for longest until `version` fits; False, and none dropped, if it cannot yet."""
         short = version.num_pages - self.pool.num_free
-        over = 0 if self.max_copies is None else len(self._copies) + 1 - self.max_copies
+        over = 0 if self._max_copies is None else len(self._copies) + 1 - self._max_copies
         victims: list[Version] = []
         for victim in sorted(filter(_may_drop, self._copies.values()), key=lambda v: v.last_use):
             if short <= 0 and over <= 0:
@@ -99,6 +88,8 @@ class HostTier:
 
 
 def _may_drop(version: Version) -> bool:
-    if version.host is not HostCopy.STAGED or version.pinned or version.device is DeviceCopy.COPYING:
+    if version.host is not HostCopy.STAGED or version.device is DeviceCopy.COPYING:
         return False
-    return version.device is DeviceCopy.RESIDENT or not version.leases
+    if version.device is DeviceCopy.RESIDENT:
+        return True
+    return not version.leases and (version.copy_failed or not version.pinned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from manylora.runtime.messages import AdapterState, State
+from manylora.runtime.messages import NO_VERSION, AdapterState, State
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
@@ -59,14 +59,12 @@ class Ledger:
 
     def _check_pages(self) -> None:
         memory, roster = self._memory, self._roster
-        owners = Counter(memory.pages.free_ids())
         nodes = list(memory.tree.nodes())
-        owners.update(node.page for node in nodes)
         own_pages = [page for s in roster.running for page in s.pages[len(s.nodes) :]]
-        owners.update(own_pages)
+        owned = memory.pages.free_ids() + [node.page for node in nodes] + own_pages
         for version in memory.resident.values():
-            owners.update(version.pages)
-        _check_each_once(owners, memory.pages.size, "page")
+            owned += version.pages
+        _check_each_once(owned, memory.pages.size, "page")
         assert memory.tree.num_pages == len(nodes)
         assert memory.num_kv_pages == len(nodes) + len(own_pages) <= memory.max_kv_pages
         refs = Counter(id(node) for s in roster.running for node in s.nodes)
@@ -81,8 +79,7 @@ class Ledger:
         running = [s for s in roster.live.values() if s.phase is Phase.RUNNING]
         assert sorted(running, key=lambda s: s.arrival) == roster.running
         assert len(roster.live) == len(running) + len(roster.waiting)
-        slots = Counter(roster.free_slots + [s.slot for s in running])
-        assert all(count == 1 for count in slots.values()), "a slot has two owners"
+        _check_each_once(roster.free_slots + [s.slot for s in running], roster.num_slots, "slot")
         for s in running:
             assert s.capacity == len(s.pages) * page_size >= s.num_planned
             assert [node.page for node in s.nodes] == s.pages[: len(s.nodes)]
@@ -100,17 +97,22 @@ class Ledger:
             assert not version.num_running or version.device is DeviceCopy.RESIDENT
             assert (version.device is not DeviceCopy.NONE) == (version.id in memory.resident)
         assert set(leases) <= set(versions), "a lease on a dead version"
-        slices = Counter(memory.slices.free_ids())
-        host_pages = Counter(host.pool.free_ids())
+        named_spaces = {namespace for namespace in memory.tree.namespaces() if namespace > NO_VERSION}
+        assert named_spaces <= set(versions), "prefixes of a dead version"
+        slices, host_pages = memory.slices.free_ids(), host.pool.free_ids()
         for version in versions.values():
-            slices.update(version.slices)
-            host_pages.update(version.host_pages)
+            slices += version.slices
+            host_pages += version.host_pages
         _check_each_once(slices, memory.slices.size, "slice")
         _check_each_once(host_pages, host.pool.size, "host page")
-        assert all(self._adapters.versions[v.id] is v for v in self._adapters.names.values())
+        assert all(versions[v.id] is v for v in self._adapters.names.values())
+        assert set(map(id, self._adapters.pinned)) == {id(v) for v in versions.values() if v.pinned}
 
 
-def _check_each_once(owners: Counter[int], size: int, what: str) -> None:
-    wrong = [i for i in range(size) if owners[i] != 1]
-    assert not wrong, f"{what}s without exactly one owner: {wrong[:10]}"
-    assert len(owners) == size, f"a {what} that is not in the pool"
+def _check_each_once(owned: list[int], size: int, what: str) -> None:
+    """Raise unless `owned`, what all owners hold together, is every id below `size` once."""
+    if len(owned) == size and set(owned) == set(range(size)):
+        return
+    counts = Counter(owned)
+    wrong = [i for i in range(size) if counts[i] != 1]
+    raise AssertionError(f"{what}s without exactly one owner: {wrong[:10]}; {len(owned)} of {size} are owned")

@@ -149,6 +149,9 @@ class PrefixTree:
         for namespace in list(self._roots):
             self.drop(namespace)
 
+    def namespaces(self) -> list[int]:
+        return list(self._roots)
+
     def nodes(self) -> Iterator[Node]:
         """Every node, for the ledger's recount."""
         for root in self._roots.values():

@@ -44,6 +44,7 @@ from manylora.scheduler.scheduler import PoolLimits, Scheduler
 logger = logging.getLogger("manylora.scheduler")
 
 _START_CALL = -1  # call numbers of the front count up from 0
+_VERDICT_MS = 500
 
 
 class SchedulerProcess:
@@ -146,13 +147,11 @@ class SchedulerProcess:
         self._flush()
         while self._start_reply is None and not self._stopping:
             self._turn()
-        if self._start_reply is not None and self._start_reply.error is not None:
-            error = self._start_reply.error
-            raise RemoteError(
-                ErrorInfo(
-                    error.code, f"--lora-paths {path.lora_name}: {error.message}", error.status, "lora_paths"
-                )
-            )
+        error = self._start_reply.error if self._start_reply is not None else None
+        if error is not None:
+            message = f"--lora-paths {path.lora_name}: {error.message}"
+            raise RemoteError(ErrorInfo(error.code, message, error.status, "lora_paths"))
+        logger.info("loaded adapter %s from %s", path.lora_name, path.lora_path)
 
     def _server_info(self, ready: list[WorkerReady]) -> ServerInfo:
         model, cache = self._config.model, self._config.cache
@@ -190,6 +189,8 @@ class SchedulerProcess:
         scheduler = self._scheduler
         if self._supervisor.socket in ready:
             self._handle_supervisor()
+        if self._stopping:  # the front listens no longer
+            return
         for pipe in self._workers:
             if pipe.socket in ready:
                 for message in pipe.drain():
@@ -199,7 +200,9 @@ class SchedulerProcess:
                     scheduler.on_worker(message)
         if self._loader.socket in ready:
             for message in self._loader.drain():
-                if not isinstance(message, LoaderReady):
+                if isinstance(message, LoaderReady):
+                    self._loader_ready = True
+                else:
                     scheduler.on_loader(message)
         if self._front.socket in ready:
             for message in self._front.drain():
@@ -226,9 +229,13 @@ class SchedulerProcess:
             else:
                 self._front.send(message)
         scheduler.to_front.clear()
-        for message in scheduler.to_loader:
-            self._loader.send(message)
-        scheduler.to_loader.clear()
+        if self._loader_ready:
+            for message in scheduler.to_loader:
+                with contextlib.suppress(
+                    ProtocolError
+                ):  # it just died: `loader_lost` is about to fail the job
+                    self._loader.send(message)
+            scheduler.to_loader.clear()
         for path in scheduler.released_images:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -242,12 +249,20 @@ class SchedulerProcess:
                 self._poller.unregister(self._loader.socket)
                 self._loader.close()
                 self._loader = self._bind_loader(message.epoch)
+                self._loader_ready = False  # until then jobs wait in the outbox
+                self._scheduler.to_loader.clear()
                 self._scheduler.loader_lost()
 
 
 def main(config: ServerConfig, context: ChildContext) -> None:
     process = SchedulerProcess(config, context)
-    process.run()
+    try:
+        process.run()
+    except ProtocolError:
+        # A peer that dies breaks its pipe. The supervisor knows what it died of and ends us before the time is over.
+        if context.supervisor.wait(_VERDICT_MS):
+            return
+        raise
     process.close()  # after an error the supervisor ends the others, who may not be listening
 
 

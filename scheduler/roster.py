@@ -72,6 +72,7 @@ class Roster:
         self.num_active = 0  # versions that run; the base model is free
         self.changed = False
         self.preemptions = 0
+        self.num_slots = num_slots
         self.free_slots = list(range(num_slots - 1, -1, -1))
         self._memory = memory
         self._adapters = adapters

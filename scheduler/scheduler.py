@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -13,13 +12,10 @@ from collections.abc import Callable, Iterable
 from manylora.lora.page_layout import PoolGeometry
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import (
-    BadRequestError,
     BusyError,
-    ContextLengthError,
     ErrorInfo,
     ManyloraError,
     ProtocolError,
-    QueueFullError,
 )
 from manylora.runtime.messages import (
     Abort,
@@ -29,7 +25,6 @@ from manylora.runtime.messages import (
     Done,
     FlushCache,
     FrontToScheduler,
-    GenerateReq,
     GetState,
     LoadAdapter,
     LoadFailed,
@@ -42,19 +37,21 @@ from manylora.runtime.messages import (
 )
 from manylora.runtime.model_config import ModelConfig
 from manylora.runtime.plan import ForwardOutput
-from manylora.runtime.sampling_params import MAX_STOP_TOKEN_IDS
 from manylora.scheduler.adapter_limits import FitChecker
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.admission import Admission
-from manylora.scheduler.host_tier import HostTier, Outbox
+from manylora.scheduler.device_tier import DeviceTier
+from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
+from manylora.scheduler.intake import Intake
 from manylora.scheduler.ledger import Ledger
 from manylora.scheduler.memory import Memory, PoolLimits
+from manylora.scheduler.outbox import Outbox
 from manylora.scheduler.outputs import OutputReader, finish_error
 from manylora.scheduler.planner import Planner
 from manylora.scheduler.progress import Progress
 from manylora.scheduler.roster import Roster
-from manylora.scheduler.sequence import Group, Sequence
+from manylora.scheduler.sequence import Sequence
 from manylora.scheduler.sequence_memory import SequenceMemory
 from manylora.scheduler.step import StepRecord
 from manylora.scheduler.version import Version
@@ -87,36 +84,23 @@ class Scheduler:
         self.to_loader = outbox.to_loader
         self.released_images = outbox.released_images
         schedule, lora, tp_size = config.schedule, config.lora, config.parallel.tp_size
-        chunk_size = schedule.chunked_prefill_size
-        self._model = model
-        self._context_length = config.model.context_length or model.max_position_embeddings
-        self._max_queued = schedule.max_queued_requests
-        self._shares_prefixes = not config.cache.disable_radix_cache
+        chunk_size, page_size = schedule.chunked_prefill_size, geometry.page_size
         self._depth = 1 if schedule.disable_overlap_schedule else OVERLAP_DEPTH
-        self._random = random.Random(seed)
-        self._num_arrived = 0
         self._in_flight: deque[StepRecord] = deque()
         self._steps = StepClock()
         self._progress = Progress(clock)
         self._memory = Memory(
-            limits,
-            page_size=geometry.page_size,
-            max_total_tokens=config.cache.max_total_tokens,
-            clock=self._steps,
+            limits, page_size=page_size, max_total_tokens=config.cache.max_total_tokens, clock=self._steps
         )
-        self._fit = FitChecker(
-            limits,
-            page_size=geometry.page_size,
-            max_kv_pages=self._memory.max_kv_pages,
-            max_loaded_loras=lora.max_loaded_loras,
-        )
-        self._host = HostTier(limits.num_host_pages, lora.max_loaded_loras, tp_size, outbox)
+        fit = FitChecker(limits, page_size=page_size, max_kv_pages=self._memory.max_kv_pages)
+        host = HostTier(limits.num_host_pages, lora.max_loaded_loras, tp_size, outbox)
+        device = DeviceTier(self._memory, tp_size, outbox)
         self._adapters = AdapterTable(
             lora,
-            self._memory,
-            self._host,
-            self._fit,
-            tp_size=tp_size,
+            host=host,
+            device=device,
+            tree=self._memory.tree,
+            fit=fit,
             clock=self._steps,
             outbox=outbox,
             live_sequences=self._live_sequences,
@@ -126,9 +110,20 @@ class Scheduler:
         # A step holds a row of each running sequence, so no more may run than a step has tokens.
         num_slots = min(schedule.max_running_requests, chunk_size)
         self._roster = Roster(num_slots, sequences, self._adapters)
+        self._intake = Intake(
+            self._roster,
+            self._adapters,
+            fit,
+            context_length=config.model.context_length or model.max_position_embeddings,
+            eos_ids=model.eos_token_ids,
+            max_queued=schedule.max_queued_requests,
+            shares_prefixes=not config.cache.disable_radix_cache,
+            seed=seed,
+        )
         admission = Admission(
             self._roster,
             self._adapters,
+            device,
             sequences,
             max_adapters=lora.max_loras_per_batch,
             chunk_size=chunk_size,
@@ -136,8 +131,8 @@ class Scheduler:
         self._planner = Planner(
             self._roster, admission, sequences, token_budget=chunk_size, vocab_size=model.vocab_size
         )
-        self._outputs = OutputReader(self._roster, sequences, geometry.page_size)
-        self._ledger = Ledger(self._roster, self._adapters, self._memory, self._host, self._steps)
+        self._outputs = OutputReader(self._roster, sequences, page_size)
+        self._ledger = Ledger(self._roster, self._adapters, self._memory, host, self._steps)
 
     # ---- messages in --------------------------------------------------------------------------------------------
 
@@ -208,78 +203,18 @@ class Scheduler:
             raise ProtocolError(f"a worker answered step {output.step}, which is not the oldest in flight")
         record = self._in_flight.popleft()
         self._steps.completed = output.step
+        before_replies = len(self.to_front)  # an end may let go the answer to an unload
         answer = self._outputs.read(record, output)
         if answer is not None:
-            self.to_front.append(answer)
+            self.to_front.insert(before_replies, answer)
         self._progress.add(len(record.samples), self._roster, self._memory)
 
     def _submit(self, call: Submit) -> None:
         try:
-            accepted = self._check_call(call)
+            self._intake.accept(call.requests)
         except ManyloraError as error:
             handles = pack_i64(request.handle for request in call.requests)
             self.to_front.append(Rejected(handles, error.info()))
-            return
-        for sequence, version in accepted:
-            self._roster.add(sequence, version)
-
-    def _check_call(self, call: Submit) -> list[tuple[Sequence, Version | None]]:
-        """Every sequence of a call, or the error that refuses all of it."""
-        count = sum(request.params.n for request in call.requests)
-        if len(self._roster.waiting) + count > self._max_queued:
-            raise QueueFullError(
-                f"{len(self._roster.waiting)} sequences wait already; {count} more exceed the limit of "
-                f"{self._max_queued} (--max-queued-requests)."
-            )
-        self._adapters.check_requested({r.lora_name for r in call.requests if r.lora_name is not None})
-        accepted: list[tuple[Sequence, Version | None]] = []
-        for request in call.requests:
-            version = self._adapters.names[request.lora_name] if request.lora_name is not None else None
-            accepted += [(sequence, version) for sequence in self._make_samples(request, version)]
-        return accepted
-
-    def _make_samples(self, request: GenerateReq, version: Version | None) -> list[Sequence]:
-        params = request.params
-        seed = params.seed if params.seed is not None else params.sampling_seed
-        if seed is None:
-            seed = self._random.getrandbits(63)
-        samples: list[Sequence] = []
-        for index in range(params.n):
-            self._num_arrived += 1
-            samples.append(
-                Sequence(
-                    request,
-                    index,
-                    arrival=self._num_arrived,
-                    seed=seed,
-                    eos_ids=self._model.eos_token_ids,
-                )
-            )
-        first = samples[0]
-        self._check_request(first, version)
-        namespace = version.id if version else 0
-        if not self._shares_prefixes:
-            namespace = -first.arrival if len(samples) > 1 else None
-        group = Group(samples, None if self._shares_prefixes else namespace) if len(samples) > 1 else None
-        for sequence in samples:
-            sequence.namespace, sequence.group = namespace, group
-        return samples
-
-    def _check_request(self, sequence: Sequence, version: Version | None) -> None:
-        if not sequence.tokens:
-            raise BadRequestError("input_ids cannot be empty.", param="input_ids")
-        if sequence.max_len > self._context_length:
-            raise ContextLengthError(
-                f"The request has {sequence.prompt_len} prompt tokens and asks for "
-                f"{sequence.max_len - sequence.prompt_len} new ones; the context holds {self._context_length}."
-            )
-        if len(sequence.stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise BadRequestError(
-                f"stop_token_ids and the model's end tokens are {len(sequence.stop_ids)}; "
-                f"at most {MAX_STOP_TOKEN_IDS} are possible.",
-                param="sampling_params.stop_token_ids",
-            )
-        self._fit.check_sequence(sequence, version, self._adapters.versions.values())
 
     def _flush(self, call: FlushCache) -> None:
         error = None

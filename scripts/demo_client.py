@@ -74,7 +74,8 @@ def side_by_side(titles: list[str], texts: list[str]) -> None:
     """Print texts as columns that share the terminal's width."""
     width = max(16, (min(shutil.get_terminal_size((120, 24)).columns, 160) - 2) // len(texts) - 2)
     columns = [
-        [title, "-" * width] + [part for line in text.split("\n") for part in textwrap.wrap(line, width)]
+        [title, "-" * width]
+        + [part for line in text.strip().split("\n") for part in textwrap.wrap(line, width)]
         for title, text in zip(titles, texts, strict=True)
     ]
     for row in range(max(len(column) for column in columns)):
@@ -120,7 +121,7 @@ def live_adapters(client: Client) -> None:
     reply = client.call("/unload_lora_adapter", {"lora_name": "german"})
     print(f"  loaded: {', '.join(reply['loaded_adapters'])}")
     message = client.refused("/generate", {"text": prompt, "lora_path": "german"})
-    print(f"  a request for it now gets 400: {message}")
+    print("  a request for it now gets 400:", *message.splitlines())
 
 
 def main() -> int:

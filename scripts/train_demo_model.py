@@ -260,6 +260,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     started = time.monotonic()
     device = torch.device(args.device)
     lessons = Lessons(args.seed, every=20 if args.tiny else 1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -48,17 +47,12 @@ def num_cuda_devices() -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_house() -> Iterator[None]:
-    """After the last test no process that a test started is alive and no shared memory of one is left."""
-    before = shared_memory()
+    """After the last test no process that a test started is alive."""
     yield
     survivors = processes_of_this_run()
-    left = {path for path in shared_memory() - before if not in_use(path)}
     for pid in survivors:
-        subprocess.run(["kill", "-KILL", str(pid)], check=False)
-    for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+        os.kill(pid, signal.SIGKILL)
     assert not survivors, f"processes of the tests are still alive: {survivors}"
-    assert not left, f"shared memory of the tests is left: {sorted(map(str, left))}"
 
 
 @pytest.fixture(scope="session")
@@ -85,21 +79,3 @@ def processes_of_this_run() -> dict[int, str]:
         if command:  # a zombie has none
             found[int(entry.name)] = command
     return found
-
-
-def shared_memory() -> set[Path]:
-    """What servers of this product, of any user of the machine, keep in shared memory now."""
-    return set(Path("/dev/shm").glob("manylora*"))
-
-
-def in_use(path: Path) -> bool:
-    """Whether some live process was started with this path or has mapped a file of it: then it is a stranger's."""
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and any(
-                str(path).encode() in (entry / name).read_bytes() for name in ("cmdline", "environ", "maps")
-            ):
-                return True
-        except OSError:
-            continue
-    return False

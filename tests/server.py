@@ -39,13 +39,9 @@ class Server:
     def __init__(self, args: Sequence[str], log_path: Path) -> None:
         self.port = free_port()
         self.log_path = log_path
+        self._shm_dirs: set[Path] = set()
         self.run_dir_base = Path(tempfile.mkdtemp(prefix="mlt-", dir="/tmp"))  # short: it will hold sockets
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY / ".pkg"),
-            "XDG_RUNTIME_DIR": str(self.run_dir_base),
-            "PYTHONUNBUFFERED": "1",
-        }
+        environment = {**environment_of_a_program(), "XDG_RUNTIME_DIR": str(self.run_dir_base)}
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "manylora.launch_server", "--port", str(self.port), *args],
@@ -72,6 +68,7 @@ class Server:
         raise AssertionError(f"the server was not ready after {timeout_s} s:\n{self.log_tail()}")
 
     def signal(self, number: int) -> None:
+        self._note_shm_dirs()
         self.process.send_signal(number)
 
     def wait_exit(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
@@ -85,6 +82,7 @@ class Server:
 
     def stop(self) -> int:
         """SIGTERM, and the exit code; SIGKILL to every process of the session if that does not help."""
+        self._note_shm_dirs()
         try:
             if self.process.poll() is None:
                 self.signal(signal.SIGTERM)
@@ -98,9 +96,16 @@ class Server:
                 self.run_dir_base.rmdir()
 
     def leftovers(self) -> list[str]:
-        """What a stopped server should not have left: processes of its session, files of its run directory."""
+        """What a stopped server should not have left: processes of its session, its files, its shared memory."""
         found = [f"process {pid}: {command}" for pid, command in session_members(self.process.pid).items()]
-        return found + [str(path) for path in self.run_dir_base.rglob("*")]
+        paths = [*self.run_dir_base.rglob("*"), *(path for path in self._shm_dirs if path.exists())]
+        return found + [str(path) for path in paths]
+
+    def _note_shm_dirs(self) -> None:
+        """Learn from the config that a child was given where its shared memory lies."""
+        for path in self.run_dir_base.glob("manylora-*/*.json"):
+            with contextlib.suppress(OSError):  # the server is ending
+                self._shm_dirs.add(Path(json.loads(path.read_text())["shm_dir"]))
 
     def children(self) -> dict[str, int]:
         """Role -> pid of the supervisor's children."""
@@ -114,7 +119,9 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
     def log_tail(self, lines: int = 60) -> str:
-        return "\n".join(self.log().splitlines()[-lines:])
+        """The end of the log, without the polls of a start."""
+        kept = [line for line in self.log().splitlines() if not line.endswith("503")]
+        return "\n".join(kept[-lines:])
 
     # ---- client ---------------------------------------------------------------------------------------------------
 
@@ -212,6 +219,13 @@ def sse_events(response: http.client.HTTPResponse) -> Iterator[Any]:
                 return
             yield json.loads(data)
     raise AssertionError("the stream ended without [DONE]")
+
+
+def environment_of_a_program() -> dict[str, str]:
+    """This process's environment, for a Python that shall import the tree under test."""
+    inherited = os.environ.get("PYTHONPATH")
+    path = [str(REPOSITORY / ".pkg"), *([inherited] if inherited else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 def free_port() -> int:

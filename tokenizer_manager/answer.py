@@ -48,7 +48,7 @@ class MetaInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All of one sequence so far. `index`: its place in the call's list; absent where the call is no list."""
+    """All of one sequence so far. `index`: in a stream of a list, its place in the list; else absent."""
 
     text: str
     output_ids: list[int]

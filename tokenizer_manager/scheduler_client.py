@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable
 
 from manylora.runtime.errors import ManyloraError, NotReadyError, ProtocolError
@@ -18,6 +19,8 @@ from manylora.runtime.messages import (
     State,
     StepOutput,
 )
+
+logger = logging.getLogger("manylora.front")
 
 Reply = AdapterReply | Done | State
 
@@ -104,6 +107,9 @@ class SchedulerClient:
                 self._handle(message)
         except ProtocolError as error:
             self.fail(error)
+        except Exception:  # a fault of ours: better an error for everyone than calls that never end
+            logger.exception("a message of the scheduler could not be applied")
+            self.fail(ManyloraError("Internal error; see the server's log."))
 
     def _handle(self, message: SchedulerToFront) -> None:
         if isinstance(message, StepOutput | Rejected):

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Items
 
 import msgspec
 
-from manylora.runtime.errors import ManyloraError, RemoteError
+from manylora.runtime.errors import ManyloraError, error_from
 from manylora.runtime.messages import Finish, LogprobChunk, Start
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.answer import Aborted, Answer, Length, MetaInfo, Stop
@@ -96,7 +96,7 @@ class Sequence:
     def end(self, finish: Finish) -> None:
         """Note the scheduler's end. `advance` must follow: a stop string in the last tokens overrides it."""
         if finish.error is not None:
-            self.error = RemoteError(finish.error)
+            self.error = error_from(finish.error)
         elif finish.reason == "stop":
             self.finish = Stop(finish.matched)
         else:

@@ -17,8 +17,8 @@ from manylora.runtime.errors import (
     BadRequestError,
     ManyloraError,
     NotReadyError,
-    RemoteError,
     ShuttingDownError,
+    error_from,
 )
 from manylora.runtime.ipc import Pipe
 from manylora.runtime.messages import (
@@ -163,11 +163,11 @@ class TokenizerManager:
         return reply
 
     async def flush_cache(self) -> None:
-        """Forget all cached prefixes. Raises RemoteError (code "busy") while requests run or wait."""
+        """Forget all cached prefixes. Raises BusyError while requests run or wait."""
         reply = await self._scheduler.ask(FlushCache)
         assert isinstance(reply, Done)
         if reply.error is not None:
-            raise RemoteError(reply.error)
+            raise error_from(reply.error)
 
     async def state(self) -> State:
         """The scheduler's ledger, now."""
@@ -210,7 +210,7 @@ class TokenizerManager:
                         self.tokenizer,
                         started_at=started_at,
                         stream=stream,
-                        index=len(sequences) if call.answers_list else None,
+                        index=len(sequences) if stream and call.answers_list else None,
                     )
                 )
         running = RunningCall(sequences, stream=stream)
@@ -262,7 +262,7 @@ class TokenizerManager:
         for handle in unpack_i64(message.handles):
             if entry := self._running.get(handle):
                 self._forget(entry[1])
-                entry[1].fail(RemoteError(message.error))
+                entry[1].fail(error_from(message.error))
 
     def _apply_step(self, output: StepOutput) -> None:
         running = self._running

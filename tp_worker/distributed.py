@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 import torch.distributed as dist
 
 _TIMEOUT = timedelta(minutes=10)
+# torch 2.13 renamed it and warns of the old name; 2.11 knows only that.
+_all_gather: Callable[[torch.Tensor, torch.Tensor], object] = getattr(
+    dist, "all_gather_single", dist.all_gather_into_tensor
+)
 
 
 class TPGroup:
@@ -40,7 +45,7 @@ class TPGroup:
         if self.size == 1:
             return x.unsqueeze(0)
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1))
+        _all_gather(gathered.view(-1), x.contiguous().view(-1))
         return gathered
 
     def barrier(self) -> None:

@@ -5,6 +5,8 @@ The scheduler owns the page numbers; this file only knows where a page lies and 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from manylora.lora.page_layout import NUM_MODULES, PoolGeometry, adapter_layout
@@ -16,6 +18,12 @@ GIB = 1 << 30
 CPU_POOL_BYTES = GIB  # of all ranks together; touched only as pages are used
 USEFUL_TOKENS = 2048  # a pool that cannot hold a sequence this long (or the context, if shorter) is refused
 ROOM_RANK = 64  # the adapters a CPU pool bounded by --max-total-tokens has room for
+
+_CGROUP_V2_FILES = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+_CGROUP_V1_FILES = (
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 class PagePool:
@@ -108,19 +116,19 @@ def num_host_pages_that_fit(config: ServerConfig, geometry: PoolGeometry) -> int
 
 
 def available_host_bytes() -> int:
-    """What the kernel says can be allocated without swapping, bounded by the control group's limit."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit_path, used_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit_path) as limit_file, open(used_path) as used_file:
-                limit, used = limit_file.read().strip(), int(used_file.read())
-        except OSError:
+    """What can be allocated without swapping: as the kernel says, within the control group's limit."""
+    available = _fields(Path("/proc/meminfo"))["MemAvailable"] * 1024
+    for limit_file, used_file in (_CGROUP_V2_FILES, _CGROUP_V1_FILES):
+        if not limit_file.exists():
             continue
+        limit = limit_file.read_text().strip()
         if limit != "max":
-            available = min(available, int(limit) - used)
+            cached = _fields(limit_file.with_name("memory.stat"))["inactive_file"]  # given back when needed
+            available = min(available, int(limit) - int(used_file.read_text()) + cached)
     return max(0, available)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The kernel's lines of a name and a number."""
+    lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines}

@@ -53,7 +53,7 @@ from manylora.tp_worker.model_runner import ModelRunner, PendingOutput
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.weight_loader import load_model
 
-NUM_SLICES = 4096  # rows of the slice table: rank 16 · 4096 may be resident at once
+NUM_SLICES = 4096  # rows of the slice table: adapters of rank 16 · 4096 in all may be resident
 _IDLE_MS = 1000  # without work for this long, collect garbage
 
 AdapterCommand = StageAdapter | CopyAdapter | DropAdapter

@@ -93,7 +93,7 @@ def render(style: str, answer: Answer) -> str:
 
 
 def all_tasks() -> list[Task]:
-    """Every task, each prompt once, in a fixed order."""
+    """Every task, each prompt once, in a fixed order. Raises ValueError if a prompt has two answers."""
     tasks = [
         *_country_tasks(),
         *_list_tasks(),
@@ -102,7 +102,11 @@ def all_tasks() -> list[Task]:
         *_small_tasks(),
         *_sequence_tasks(),
     ]
-    return list({task.prompt: task for task in tasks}.values())
+    by_prompt: dict[str, Task] = {}
+    for task in tasks:
+        if by_prompt.setdefault(task.prompt, task).answer != task.answer:
+            raise ValueError(f"two answers to {task.prompt!r}")
+    return list(by_prompt.values())
 
 
 def _value(en: str, de: str, plain: str = "", german: str = "") -> Answer:

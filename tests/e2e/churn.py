@@ -6,6 +6,7 @@ the time from which and until which an answer may honestly come from it, and the
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import time
@@ -105,7 +106,7 @@ class Churn:
         """Load a name that is not loaded; else replace or unload one."""
         name = self._random.choice([name for name in self.names if not name.busy])
         name.busy = True
-        if name.loaded and self._random.random() < 0.4:
+        if name.loaded and self._random.random() < 0.2:
             await self.unload(session, name)
         else:
             await self.load(session, name)
@@ -113,9 +114,10 @@ class Churn:
         self.changes += 1
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Change one thing after the other until `stopped` is set."""
+        """Change one thing after the other, with little pauses, until `stopped` is set."""
         while not self.stopped:
             await self.change_something(session)
+            await asyncio.sleep(self._random.uniform(0, 0.05))
 
     async def unload_all(self, session: aiohttp.ClientSession) -> None:
         for name in self.names:

@@ -89,7 +89,7 @@ def actors(tiny_models: TinyModels) -> dict[str, Path]:
     return {MODEL: tiny_models.model("llama"), **adapters}
 
 
-DEMO_ADAPTERS = {A64: "lines", N4: "upper", S256: "json"}
+DEMO_ADAPTERS = {A64: "one_per_line", N4: "upper_case", S256: "json"}
 
 
 def ask(server: Server, prompts: list[str], names: list[str | None]) -> list[Any]:

@@ -62,6 +62,7 @@ class Traffic:
     outcomes: Counter[str] = field(default_factory=Counter)
     lies: list[str] = field(default_factory=list)
     token_of_version: dict[int, int] = field(default_factory=dict)
+    num_cached_tokens: int = 0
 
     def judge_answer(self, name: Name | None, answer: Any, sent: float, asked: int) -> None:
         tokens, meta = answer["output_ids"], answer["meta_info"]
@@ -71,6 +72,7 @@ class Traffic:
         if len(said) != 1 or not said <= honest or known not in said or len(tokens) != asked:
             self.lies.append(f"{name and name.lora_name}: said {tokens}, honest were {honest}; {meta}")
         self.outcomes["answered"] += 1
+        self.num_cached_tokens += meta["cached_tokens"]
 
     def judge_refusal(self, name: Name | None, reply: Any, status: int, sent: float) -> None:
         code = reply["error"].get("code")
@@ -106,7 +108,8 @@ def test_no_token_is_wrong_while_adapters_change(
         children, before = server.children(), server.ledger()
         traffic = asyncio.run(run_traffic(server, tmp_path, case.num_requests))
         assert not traffic.lies, "\n".join(traffic.lies[:20])
-        assert traffic.outcomes["answered"] > 0.6 * case.num_requests, traffic.outcomes
+        assert traffic.outcomes["answered"] > 0.5 * case.num_requests, traffic.outcomes
+        assert traffic.num_cached_tokens > 0  # prefixes were found in spite of all
         server.wait_idle()
         assert server.post("/flush_cache", {}).status == 200
         after = server.ledger()
@@ -121,7 +124,7 @@ async def run_traffic(server: Server, directory: Path, num_requests: int) -> Tra
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=200)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        await asyncio.gather(*(churn.load(session, name) for name in churn.names[::2]))
+        await asyncio.gather(*(churn.load(session, name) for name in churn.names if name.number % 4))
         changers = [asyncio.create_task(churn.run(session)) for _ in range(NUM_CHANGERS)]
         requests = [
             one_request(server.url, session, churn, traffic, random.Random(i), delay=8.0 * i / num_requests)

@@ -132,6 +132,11 @@ def test_zero_temperature_is_greedy_and_ties_go_to_the_lowest_id() -> None:
     assert sample_greedy(logits).tolist() == [1, 0]
 
 
+def test_each_token_owns_the_half_open_interval_of_its_mass() -> None:
+    logits = torch.tensor([[0.0, 0.0]]).repeat(3, 1)
+    assert _sample(logits, torch.tensor([0.0, 0.5 - 2.0**-24, 0.5])) == [0, 0, 1]
+
+
 def test_extreme_uniforms_stay_inside_what_is_kept() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf, -torch.inf]]).repeat(2, 1)
     assert _sample(logits, torch.tensor([0.0, 1 - 2.0**-24])) == [0, 2]

@@ -25,6 +25,7 @@ from tests.lora.adapters import (
 )
 
 NUM_PAGES, NUM_SLICES = 400, 24
+DEVICES = ("cpu", "cuda")
 ALL_RANKS = {
     "r1": same_ranks(1),
     "r4": same_ranks(4, ("q_proj", "v_proj")),
@@ -49,7 +50,7 @@ RUNS = [
 NUM_TOKENS = sum(count for count, _ in RUNS)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def uninitialized_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
     assert torch.empty(1).isnan()
@@ -76,12 +77,11 @@ class Batch:
             self.pages[name] = [free_pages.pop() for _ in range(layout.num_pages)]
             self.slices[name] = [free_slices.pop() for _ in range(layout.num_slices)]
 
-    def pool(self, tp_rank: int) -> WeightPool:
+    def pool(self, tp_rank: int, device: str = "cpu") -> WeightPool:
         page_elements = self.geometry.page_bytes // self.geometry.itemsize
-        elements = torch.full((NUM_PAGES * page_elements,), float("nan"))
-        pool = WeightPool(
-            self.geometry, elements, NUM_SLICES, HostArena(NUM_PAGES, self.geometry.page_bytes, pinned=False)
-        )
+        elements = torch.full((NUM_PAGES * page_elements,), float("nan"), device=device)
+        arena = HostArena(NUM_PAGES, self.geometry.page_bytes, pinned=device == "cuda")
+        pool = WeightPool(self.geometry, elements, NUM_SLICES, arena)
         for version, (name, weights) in enumerate(self.weights.items()):
             host_pages = range(len(self.pages[name]))
             path = str(self.paths / name)
@@ -127,6 +127,7 @@ def columns(whole: torch.Tensor, size: int, tp_size: int, tp_rank: int) -> torch
     return whole[:, tp_rank * parts // tp_size * size :][:, :size]
 
 
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("sharding", ["slora", "replicated"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -175,6 +176,7 @@ def test_deltas_of_all_ranks_together(tmp_path: Path, tp_size: int, sharding: st
     assert all(collectives == per_layer * LAYERS for _, collectives in ranks)
 
 
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
 def test_tokens_without_an_adapter_keep_their_bits(tmp_path: Path) -> None:
     model = small_model()
     batch = Batch(tmp_path, model, small_geometry(model, 1, "slora"))
@@ -192,6 +194,27 @@ def test_tokens_without_an_adapter_keep_their_bits(tmp_path: Path) -> None:
         touches_qkv = name is not None and any(batch.weights[name].ranks[0][:3])
         assert same is not touches_qkv
         first += count
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("site", range(len(SITES)))
+def test_on_a_gpu_as_on_a_cpu(tmp_path: Path, site: int) -> None:
+    model = small_model()
+    geometry = small_geometry(model, 1, "slora")
+    batch = Batch(tmp_path, model, geometry)
+    shapes = [geometry.modules[module] for module in SITES[site]]
+    x = torch.randn(NUM_TOKENS, shapes[0].in_local)
+    y = {device: torch.ones(NUM_TOKENS, sum(shape.out_local for shape in shapes)) for device in DEVICES}
+
+    def run(group: LockstepGroup) -> None:
+        for device in DEVICES:
+            pool = batch.pool(0, device)
+            torch.cuda.synchronize()  # the copies
+            y[device] = y[device].to(device)
+            LoRADelta(pool, 0, site, group, "slora").apply(x.to(device), y[device], batch.lora_batch())
+
+    run_ranks(1, run)
+    torch.testing.assert_close(y["cuda"].cpu(), y["cpu"], rtol=1e-4, atol=1e-4)
 
 
 def test_attached_to_every_site_of_a_model(tmp_path: Path) -> None:

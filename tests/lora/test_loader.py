@@ -1,6 +1,8 @@
 """The loader: every job is answered, good files with an image, bad ones with their error; it lives on."""
 
 import os
+import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +108,29 @@ def test_bad_files_leave_no_image(
     assert isinstance(answer, LoadFailed)
     assert (answer.job, answer.error.code, answer.error.status) == (1, code, 400)
     assert images(config) == []
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_damaged_files_are_the_adapters_fault(
+    config: ServerConfig, adapter: str, tmp_path: Path, name: str
+) -> None:
+    """Whatever byte is changed, the answer is an image or a refusal with a reason, never an internal error."""
+    copy = Path(shutil.copytree(adapter, tmp_path / "damaged"))
+    original = (copy / name).read_bytes()
+    loader, generator = Loader(config), random.Random(5)
+    refused = 0
+    for job in range(150):
+        data = bytearray(original)
+        for _ in range(generator.choice((1, 1, 8))):
+            data[generator.randrange(min(len(data), 1500))] = generator.randrange(256)
+        (copy / name).write_bytes(
+            data[: generator.choice((len(data), len(data), generator.randrange(len(data))))]
+        )
+        answer = loader.handle(LoadJob(job, str(copy)))
+        if isinstance(answer, LoadFailed):
+            assert answer.error.code == "adapter_rejected", answer.error
+            refused += 1
+    assert refused > 50
 
 
 def test_our_own_failure_is_an_answer_too(config: ServerConfig, adapter: str) -> None:

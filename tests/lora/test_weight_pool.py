@@ -55,7 +55,7 @@ def check_pieces(
         assert table.widths[row, layer, module] == width
         if width:
             scaling = image.weights.scalings[layer][module]
-            assert table.scalings[row, layer, module] == pytest.approx(scaling)
+            assert float(table.scalings[row, layer, module]) == pytest.approx(scaling)
         for which in (A, B):
             start = int(table.offsets[row, layer, module, which])
             if width == 0:

@@ -142,3 +142,10 @@ def test_it_dies_with_its_supervisor(config: ServerConfig, short_dir: Path) -> N
         orphan = os.pidfd_open(int(supervisor.stdout.readline()))
         supervisor.kill()
     assert ends_within(orphan, 5)
+
+
+def test_the_last_words_of_a_child_are_heard_after_its_end(start) -> None:
+    """They may still be on their way when its exit is seen."""
+    child = start("refuse")
+    wait_for_exit(child)
+    assert child.last_words() == [ChildFailed(ConfigError("the moon is full", param="moon").info())]

@@ -86,7 +86,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     return lambda role, behaviour: monkeypatch.setenv(f"FAKE_{role.upper()}", behaviour)
 
 
-def test_the_front_ends_first_and_the_scheduler_ends_the_rest(house: House) -> None:
+def test_front_and_scheduler_are_told_and_the_scheduler_ends_the_rest(house: House) -> None:
     house.start()
     house.wait_until_started()
     time.sleep(0.3)  # until the scheduler has said that it is ready
@@ -94,8 +94,8 @@ def test_the_front_ends_first_and_the_scheduler_ends_the_rest(house: House) -> N
     house.join()
     assert house.failure is None
     told = [line.removesuffix(" was told to end") for line in house.lines if "told" in line]
-    assert told[:2] == ["front", "scheduler"]
-    assert sorted(told[2:]) == ["loader", "worker0", "worker1"]
+    assert sorted(told) == ["front", "loader", "scheduler", "worker0", "worker1"]
+    assert told.index("scheduler") < told.index("worker0")
 
 
 def test_a_refusal_ends_the_start(house: House, fake: Callable[[str, str], None]) -> None:

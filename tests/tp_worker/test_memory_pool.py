@@ -139,3 +139,15 @@ def test_available_memory_is_what_the_kernel_reports() -> None:
     with Path("/proc/meminfo").open() as file:
         total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
     assert 0 < memory_pool.available_host_bytes() <= total
+
+
+def test_a_control_group_bounds_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory_pool, "_CGROUP_V2_FILES", (limit, used))
+    monkeypatch.setattr(memory_pool, "_CGROUP_V1_FILES", (tmp_path / "none", tmp_path / "none"))
+    used.write_text("7000\n")
+    (tmp_path / "memory.stat").write_text("anon 5000\ninactive_file 1500\n")
+    limit.write_text("10000\n")
+    assert memory_pool.available_host_bytes() == 10000 - 7000 + 1500
+    limit.write_text("max\n")
+    assert memory_pool.available_host_bytes() > 1 << 20

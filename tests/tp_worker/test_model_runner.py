@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -21,10 +22,11 @@ from tests.reference import Reference
 from tests.tiny_models import VOCAB_SIZE, TinyModels
 from tests.tp_worker.plan_driver import Driver, build_runner, run
 
+LogitsOf = Callable[[list[int]], torch.Tensor]
 GREEDY = SamplingParams(temperature=0.0)
 PROMPT = [0, 17, 43, 99, 250, 17, 8, 301, 64, 17, 120]
-LogitsOf = Callable[[list[int]], torch.Tensor]
 OTHER = [0, 5, 5, 77, 200, 31]
+LOOPING = [0, 244, 183, 298, 111, 258, 71, 144, 71]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +41,12 @@ def reference(model_dir: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def logits_of(model_dir: Path) -> LogitsOf:
-    """Token ids -> (1, vocab): transformers' logits for the next token."""
+    """Token ids -> (tokens, vocab): what transformers says after each."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
     def logits(ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0, -1:]
+            return model(torch.tensor([ids])).logits[0]
 
     return logits
 
@@ -120,7 +122,7 @@ def penalised_greedy(logits_of: LogitsOf, params: SamplingParams, prompt: list[i
     drawn: list[int] = []
     for _ in range(count):
         ids = prompt + drawn
-        logits = repetition(torch.tensor([ids]), logits_of(ids))
+        logits = repetition(torch.tensor([ids]), logits_of(ids)[-1:])
         for token in set(drawn):
             logits[0, token] -= params.frequency_penalty * drawn.count(token) + params.presence_penalty
         drawn.append(int(logits.argmax()))
@@ -130,10 +132,11 @@ def penalised_greedy(logits_of: LogitsOf, params: SamplingParams, prompt: list[i
 @pytest.mark.parametrize(
     "params",
     [
-        SamplingParams(temperature=0.0, repetition_penalty=1.8),
-        SamplingParams(temperature=0.0, frequency_penalty=1.5),
-        SamplingParams(temperature=0.0, presence_penalty=2.0),
-        SamplingParams(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-1.0),
+        # A random model hardly repeats itself, so penalties that ask for repetition are the ones that bite.
+        SamplingParams(temperature=0.0, repetition_penalty=0.5),
+        SamplingParams(temperature=0.0, frequency_penalty=-2.0),
+        SamplingParams(temperature=0.0, presence_penalty=-2.0),
+        SamplingParams(temperature=0.0, repetition_penalty=0.6, frequency_penalty=-0.5, presence_penalty=2.0),
     ],
 )
 def test_penalties_beside_a_row_without(
@@ -143,14 +146,15 @@ def test_penalties_beside_a_row_without(
     logits_of: LogitsOf,
     params: SamplingParams,
 ) -> None:
-    driver.take_slot(4, params, PROMPT)
+    driver.take_slot(4, params, LOOPING)
     driver.take_slot(5, GREEDY, OTHER)
-    drawn = [tokens_of(run(runner, driver.plan([(4, 0, PROMPT), (5, 0, OTHER)])))]
+    drawn = [tokens_of(run(runner, driver.plan([(4, 0, LOOPING), (5, 0, OTHER)])))]
     for step in range(11):
-        starts = {4: len(PROMPT) + step, 5: len(OTHER) + step}
+        starts = {4: len(LOOPING) + step, 5: len(OTHER) + step}
         drawn.append(tokens_of(run(runner, driver.decode(starts))))
     penalised = [both[0] for both in drawn]
-    assert penalised == penalised_greedy(logits_of, params, PROMPT, 12)
+    assert penalised == penalised_greedy(logits_of, params, LOOPING, 12)
+    assert penalised != reference.generate(None, LOOPING, 12).tokens
     assert [both[1] for both in drawn] == reference.generate(None, OTHER, 12).tokens
 
 
@@ -168,24 +172,32 @@ def test_a_preempted_sequence_continues_as_if_nothing_had_happened(
 def test_min_new_tokens_holds_stop_ids_back(
     runner: ModelRunner, driver: Driver, reference: Reference, logits_of: LogitsOf
 ) -> None:
-    free = reference.generate(None, PROMPT, 2).tokens
-    stop_ids = [free[0], 300, free[1]]
+    stop_ids = reference.generate(None, PROMPT, 2).tokens
+    expected: list[int] = []
+    for _ in range(2):
+        logits = logits_of(PROMPT + expected)[-1]
+        logits[stop_ids] = -torch.inf
+        expected.append(int(logits.argmax()))
+    third = int(logits_of(PROMPT + expected)[-1].argmax())
+    assert third not in expected  # so that it may be a stop id too: held back so far, allowed from here on
     driver.take_slot(1, GREEDY, OTHER)
-    driver.take_slot(2, SamplingParams(temperature=0.0, min_new_tokens=2), PROMPT, stop_ids=stop_ids)
-    held = generate(runner, driver, 2, PROMPT, 3)
-    for drawn in range(2):
-        logits = logits_of(PROMPT + held[:drawn])
-        logits[:, stop_ids] = -torch.inf
-        assert held[drawn] == int(logits.argmax())
-    assert held[2] == int(logits_of(PROMPT + held[:2]).argmax())
+    params = SamplingParams(temperature=0.0, min_new_tokens=2)
+    driver.take_slot(2, params, PROMPT, stop_ids=[*stop_ids, third])
+    drawn = [tokens_of(run(runner, driver.plan([(2, 0, PROMPT), (1, 0, OTHER)])))]
+    for step in range(2):
+        # Another row that is still held back would keep the mask on for the whole step.
+        plan = driver.decode({2: len(PROMPT) + step, 1: len(OTHER) + step})
+        drawn.append(tokens_of(run(runner, msgspec.structs.replace(plan, min_new=True))))
+    assert [held for held, _ in drawn] == [*expected, third]
+    assert [free for _, free in drawn] == reference.generate(None, OTHER, 3).tokens
 
 
-def test_logprobs_are_the_models_own(runner: ModelRunner, driver: Driver, reference: Reference) -> None:
+def test_logprobs_are_the_models_own(runner: ModelRunner, driver: Driver, logits_of: LogitsOf) -> None:
     runner._prompt_chunk = 3  # so that the prompt takes several
     driver.take_slot(0, SamplingParams(temperature=3.0, seed=5, presence_penalty=1.0), PROMPT)
     asked = [(index, PROMPT[index + 1], 2) for index in range(2, len(PROMPT) - 1)]
     output = run(runner, driver.plan([(0, 0, PROMPT)], num_top=4, prompt_lps=asked))
-    expected = reference.logprobs(None, PROMPT)
+    expected = logits_of(PROMPT).log_softmax(-1)
     token = tokens_of(output)[0]
     _close(output.logprobs, expected[-1, token])
     _close(output.top_logprobs, expected[-1].topk(4).values)
@@ -216,7 +228,7 @@ def test_seeded_draws_depend_on_nothing_but_the_request(
         position = torch.tensor([len(ids)])
         seed = (torch.tensor([3]), torch.tensor([2**8]))
         drawn = sample(
-            logits_of(ids),
+            logits_of(ids)[-1:],
             torch.tensor([1.3]),
             torch.tensor([50]),
             torch.tensor([0.9]),

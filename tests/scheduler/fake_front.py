@@ -1,0 +1,178 @@
+"""A front that knows from the prompt and the weights which tokens each sequence must get, and checks every message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from manylora.runtime.messages import (
+    AdapterReply,
+    Done,
+    Finish,
+    GenerateReq,
+    LogprobChunk,
+    Rejected,
+    Start,
+    State,
+    StepOutput,
+    unpack_f32,
+    unpack_i32,
+    unpack_i64,
+)
+from tests.scheduler.fake_worker import BASE, chain, draw, logprob, top_ids
+
+EOS = 7
+
+
+@dataclass
+class Expected:
+    """One sequence as the front sees it."""
+
+    request: GenerateReq
+    sample: int
+    tokens: list[int]
+    bound_to: int  # the version its name stood for when it was submitted; -1: none
+    generated: int = 0
+    prompt_lps: int = 0
+    started: bool = False
+    cached: int = -1
+    version: int = -1
+    finish: Any = None
+    aborted: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return self.finish is not None or self.aborted
+
+    @property
+    def stops(self) -> set[int]:
+        params = self.request.params
+        return set(params.stop_token_ids or ()) | (set() if params.ignore_eos else {EOS})
+
+    def on_start(self, start: Start) -> None:
+        assert not self.started
+        assert start.lora_version == self.bound_to
+        self.started = True
+        self.cached, self.version = start.cached_tokens, start.lora_version
+
+    def on_token(self, token: int, chunk: LogprobChunk | None, weights: str) -> None:
+        params = self.request.params
+        assert self.started
+        assert not self.ended, "a token after the end"
+        assert self.generated < (params.max_new_tokens or 0)
+        link = chain(weights, self.tokens)
+        salt: object = "greedy"
+        if not params.greedy:
+            assert params.seed is not None
+            salt = (params.seed & 0xFFFFFFFF, params.seed >> 32, self.sample)
+        banned = self.stops if self.generated < params.min_new_tokens else set[int]()
+        assert token == draw(link, salt, banned), "a wrong token"
+        top = self.request.num_top
+        assert (chunk is None) == (top < 0)
+        if chunk is not None:
+            assert list(unpack_i32(chunk.token_ids)) == [token]
+            assert list(unpack_f32(chunk.logprobs)) == [logprob(link, token)]
+            assert list(unpack_i32(chunk.top_ids)) == top_ids(link, top)
+            assert list(unpack_f32(chunk.top_logprobs)) == [logprob(link, i) for i in top_ids(link, top)]
+        self.tokens.append(token)
+        self.generated += 1
+
+    def on_prompt_logprobs(self, chunk: LogprobChunk, weights: str) -> None:
+        first = self.request.logprob_start_len + 1 + self.prompt_lps
+        prompt = list(unpack_i32(self.request.input_ids))
+        ids = list(unpack_i32(chunk.token_ids))
+        assert ids
+        assert ids == prompt[first : first + len(ids)]
+        links = [chain(weights, prompt[:position]) for position in range(first, first + len(ids))]
+        expected = [logprob(link, token) for link, token in zip(links, ids, strict=True)]
+        assert list(unpack_f32(chunk.logprobs)) == expected
+        tops = [(link, i) for link in links for i in top_ids(link, max(0, self.request.num_top))]
+        assert list(unpack_i32(chunk.top_ids)) == [i for _, i in tops]
+        assert list(unpack_f32(chunk.top_logprobs)) == [logprob(link, i) for link, i in tops]
+        self.prompt_lps += len(ids)
+
+    def on_finish(self, finish: Finish) -> None:
+        assert not self.ended, "a second end"
+        self.finish = finish
+        if finish.reason == "error":
+            assert finish.error is not None
+            return
+        assert self.started
+        prompt_len = len(self.tokens) - self.generated
+        generated = self.tokens[prompt_len:]
+        assert not self.stops.intersection(generated[:-1]), "it went on after a stop token"
+        if finish.reason == "stop":
+            assert finish.matched == generated[-1]
+            assert finish.matched in self.stops
+        else:
+            assert finish.reason == "length"
+            assert self.generated == self.request.params.max_new_tokens
+        start = self.request.logprob_start_len
+        if self.request.num_top >= 0 and start >= 0:
+            assert self.prompt_lps == max(0, prompt_len - start - 1)
+
+
+@dataclass
+class Call:
+    """One call that gets one answer."""
+
+    kind: str
+    name: str
+    reply: Any = None
+
+    @property
+    def answered(self) -> bool:
+        return self.reply is not None
+
+
+class FakeFront:
+    def __init__(self) -> None:
+        self.sequences: dict[int, Expected] = {}
+        self.calls: dict[int, Call] = {}
+        self.loaded: dict[str, str] = {}  # name -> path, as the last reply said
+        self.names: dict[str, int] = {}  # name -> version
+        self.weights: dict[int, str] = {0: BASE}  # version -> what its KV entries remember
+
+    def on_message(self, message: Any, digests: dict[int, str]) -> None:
+        """`digests`: of the weights that the workers hold of each version."""
+        match message:
+            case StepOutput():
+                self._on_output(message)
+            case Rejected():
+                refused = set(unpack_i64(message.handles))
+                for sequence in self.sequences.values():
+                    if sequence.request.handle in refused:
+                        assert not sequence.ended
+                        sequence.finish = message
+            case AdapterReply() | Done() | State():
+                call = self.calls[message.call]
+                assert not call.answered, "answered twice"
+                call.reply = message
+                if isinstance(message, AdapterReply):
+                    self._on_adapter(call, message, digests)
+            case _:
+                raise AssertionError(message)
+
+    def _on_adapter(self, call: Call, reply: AdapterReply, digests: dict[int, str]) -> None:
+        self.loaded = reply.loaded
+        if call.kind == "load" and reply.error is None:
+            version = reply.lora_version
+            assert version not in self.weights, "a version was reused"
+            self.names[call.name] = version
+            self.weights[version] = f"{digests[version]}/{version}"
+
+    def _on_output(self, output: StepOutput) -> None:
+        for start in output.starts:
+            self.sequences[start.handle].on_start(start)
+        handles, tokens = unpack_i64(output.handles), unpack_i32(output.tokens)
+        logprobs = {chunk.handle: chunk for chunk in output.logprobs if not chunk.prompt}
+        for handle, token in zip(handles, tokens, strict=True):
+            sequence = self.sequences[handle]
+            sequence.on_token(token, logprobs.pop(handle, None), self.weights[sequence.version])
+        assert not logprobs
+        for chunk in output.logprobs:
+            if chunk.prompt:
+                sequence = self.sequences[chunk.handle]
+                sequence.on_prompt_logprobs(chunk, self.weights[sequence.bound_to])
+        for finish in output.finishes:
+            self.sequences[finish.handle].on_finish(finish)

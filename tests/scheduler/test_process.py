@@ -1,0 +1,230 @@
+"""The scheduler's process as its peers see it: the test holds the other end of every pipe."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+from manylora.runtime.child_process import ChildProcess
+from manylora.runtime.config import LoRAArgs, LoRAPath, ModelArgs, ParallelArgs, ServerConfig
+from manylora.runtime.errors import AdapterRejectedError, ErrorInfo, OutOfMemoryError
+from manylora.runtime.ipc import Pipe, pipe_address
+from manylora.runtime.messages import (
+    AdapterReply,
+    ChildFailed,
+    ChildReady,
+    Done,
+    FlushCache,
+    FrontToScheduler,
+    LoadAdapter,
+    LoaderReady,
+    LoaderRestarted,
+    LoaderToScheduler,
+    LoadFailed,
+    LoadJob,
+    SchedulerToFront,
+    SchedulerToLoader,
+    SchedulerToWorker,
+    ServerInfo,
+    Shutdown,
+    StageAdapter,
+    WorkerFailed,
+    WorkerReady,
+    WorkerToScheduler,
+)
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+WAIT_MS = 10_000
+
+
+class Peers:
+    """Everyone the scheduler's process talks to."""
+
+    def __init__(self, directory: Path, *, lora_paths: tuple[LoRAPath, ...] = ()) -> None:
+        (directory / "config.json").write_text(json.dumps(MODEL))
+        self.config = ServerConfig(
+            model=ModelArgs(
+                model_path="m", model_dir=str(directory), tokenizer_path="t", dtype="float32", device="cpu"
+            ),
+            lora=LoRAArgs(enable_lora=True, lora_paths=lora_paths),
+            parallel=ParallelArgs(tp_size=2),
+            run_dir=str(directory),
+            shm_dir=str(directory),
+            supervisor_pid=os.getpid(),
+        )
+        self._zmq: zmq.Context[Any] = zmq.Context()
+        self._pipes: list[Pipe[Any, Any]] = []
+        self.scheduler = ChildProcess(self._zmq, self.config, "scheduler", "manylora.scheduler.process")
+        self.front = self._connect("front", FrontToScheduler, SchedulerToFront)
+        self.loader = self._connect("loader", LoaderToScheduler, SchedulerToLoader)
+        self.workers = [
+            self._connect(f"worker{rank}", WorkerToScheduler, SchedulerToWorker) for rank in range(2)
+        ]
+
+    def _connect(self, name: str, sends: Any, receives: Any, epoch: int = 0) -> Pipe[Any, Any]:
+        address = pipe_address(self.config.run_dir, name, epoch)
+        pipe: Pipe[Any, Any] = Pipe(
+            self._zmq, address, bind=False, sends=sends, receives=receives, epoch=epoch
+        )
+        self._pipes.append(pipe)
+        return pipe
+
+    def connect_next_loader(self) -> None:
+        self.loader = self._connect("loader", LoaderToScheduler, SchedulerToLoader, epoch=1)
+
+    def get_ready(self) -> None:
+        self.loader.send(LoaderReady())
+        for rank, num_pages in enumerate((100, 90)):
+            self.workers[rank].send(WorkerReady(rank, num_pages, 40 + rank, 64, "cpu", "float32"))
+
+    def serve(self) -> ServerInfo:
+        self.get_ready()
+        info = next_message(self.front)
+        assert isinstance(info, ServerInfo)
+        assert next_message(self.scheduler.pipe) == ChildReady()
+        return info
+
+    def close(self) -> None:
+        self.scheduler.reap()
+        self.scheduler.close()
+        for pipe in self._pipes:
+            pipe.socket.close(linger=0)
+        self._zmq.term()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short path, for sockets."""
+    with tempfile.TemporaryDirectory(prefix="mlt-", dir="/tmp") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def peers(directory: Path) -> Iterator[Peers]:
+    peers = Peers(directory)
+    yield peers
+    peers.close()
+
+
+def next_message(pipe: Pipe[Any, Any]) -> Any:
+    while True:
+        assert pipe.wait(WAIT_MS), f"nothing came from {pipe.address}"
+        if (message := pipe.recv()) is not None:
+            return message
+
+
+def exit_code(child: ChildProcess) -> int:
+    os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
+    child.reap()
+    return child.exit_code
+
+
+def test_the_front_is_told_what_the_smallest_rank_has_room_for(peers: Peers) -> None:
+    info = peers.serve()
+    assert (info.num_pages, info.num_host_pages) == (90, 40)
+    assert info.max_total_tokens == 90 * 16
+    assert (info.context_length, info.dtype, info.device) == (512, "float32", "cpu")
+    assert (info.model_dir, info.tokenizer_dir) == (peers.config.run_dir, "t")
+
+
+def test_shutdown_reaches_everyone(peers: Peers) -> None:
+    peers.serve()
+    peers.scheduler.pipe.send(Shutdown())
+    for pipe in (peers.loader, *peers.workers):
+        assert next_message(pipe) == Shutdown()
+    assert exit_code(peers.scheduler) == 0
+
+
+def test_a_worker_that_fails_ends_it_with_the_workers_error(peers: Peers) -> None:
+    error = OutOfMemoryError("worker 1: it does not fit").info()
+    peers.workers[1].send(WorkerFailed(1, error))
+    assert next_message(peers.scheduler.pipe) == ChildFailed(error)
+    assert exit_code(peers.scheduler) == 1
+
+
+def test_workers_must_agree_on_the_dtype(peers: Peers) -> None:
+    peers.loader.send(LoaderReady())
+    for rank, dtype in enumerate(("float32", "bfloat16")):
+        peers.workers[rank].send(WorkerReady(rank, 100, 40, 64, "cpu", dtype))
+    failed = next_message(peers.scheduler.pipe)
+    assert failed.error.message == "the workers run in ['bfloat16', 'float32'], not in float32"
+
+
+def test_adapters_of_the_command_line_are_loaded_before_the_front_hears(directory: Path) -> None:
+    peers = Peers(directory, lora_paths=(LoRAPath("a", "/adapters/a"),))
+    try:
+        peers.get_ready()
+        job = next_message(peers.loader)
+        assert isinstance(job, LoadJob)
+        assert job.lora_path == "/adapters/a"
+        assert peers.front.recv() is None
+        error = AdapterRejectedError("there is no /adapters/a").info()
+        peers.loader.send(LoadFailed(job.job, error))
+        expected = msgspec.structs.replace(
+            error, message="--lora-paths a: there is no /adapters/a", param="lora_paths"
+        )
+        assert next_message(peers.scheduler.pipe) == ChildFailed(expected)
+    finally:
+        peers.close()
+
+
+def test_every_worker_gets_the_same_bytes_in_the_same_order(peers: Peers) -> None:
+    peers.serve()
+    peers.front.send(LoadAdapter(0, "a", "/adapters/a"))
+    job = next_message(peers.loader)
+    ranks = ((8,) * 7,) * 2
+    image = {"job": job.job, "path": "/nowhere/a", "digest": "d", "ranks": ranks, "scalings": ranks}
+    peers.loader.send(
+        msgspec.convert({"type": "AdapterImage", **image, "num_pages": 2, "num_slices": 1}, LoaderToScheduler)
+    )
+    first, second = (next_message(worker) for worker in peers.workers)
+    assert isinstance(first, StageAdapter)
+    assert first == second
+
+
+def test_a_lost_loader_fails_its_jobs_and_the_next_one_gets_the_later_ones(peers: Peers) -> None:
+    peers.serve()
+    peers.front.send(LoadAdapter(0, "a", "/adapters/a"))
+    assert isinstance(next_message(peers.loader), LoadJob)
+    peers.loader.close()
+    peers.scheduler.pipe.send(LoaderRestarted(1))
+    reply = next_message(peers.front)
+    assert isinstance(reply, AdapterReply)
+    assert reply.error is not None
+    assert reply.error.code == "worker_crashed"
+    peers.front.send(LoadAdapter(1, "b", "/adapters/b"))
+    peers.front.send(FlushCache(2))
+    assert next_message(peers.front) == Done(2)  # it has seen the load and serves on
+    peers.connect_next_loader()
+    peers.loader.send(LoaderReady())
+    job = next_message(peers.loader)
+    assert job.lora_path == "/adapters/b"
+
+
+def test_a_front_that_vanishes_is_the_supervisors_to_explain(peers: Peers) -> None:
+    """Its last answer finds nobody; told to end within a moment, the scheduler does so without complaint."""
+    peers.serve()
+    peers.front.send(FlushCache(0))
+    assert next_message(peers.front) == Done(0)
+    peers.front.send(LoadAdapter(1, "a", "/adapters/a"))
+    job = next_message(peers.loader)
+    peers.front.close()
+    peers.loader.send(LoadFailed(job.job, ErrorInfo("x", "y", 400)))
+    peers.scheduler.pipe.send(Shutdown())
+    assert exit_code(peers.scheduler) == 0
+    assert peers.scheduler.pipe.recv() is None
