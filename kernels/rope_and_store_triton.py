@@ -33,8 +33,15 @@ def rope_and_store(
 
 
 @triton.jit
-def _rotated(a, b, cos, sin):
-    return a * cos[None, :] - b * sin[None, :], b * cos[None, :] + a * sin[None, :]
+def _rotate(source, target, cos, sin, lanes, num_heads, HALF: tl.constexpr, HEADS: tl.constexpr):
+    """Write `num_heads` rotated heads. source, target: (HEADS, 1) pointers to heads, which may be the same."""
+    valid = (tl.arange(0, HEADS) < num_heads)[:, None] & (lanes < HALF)[None, :]
+    a = tl.load(source + lanes[None, :], mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(source + HALF + lanes[None, :], mask=valid, other=0.0).to(tl.float32)
+    rotated_a = a * cos[None, :] - b * sin[None, :]
+    rotated_b = b * cos[None, :] + a * sin[None, :]
+    tl.store(target + lanes[None, :], rotated_a.to(target.dtype.element_ty), mask=valid)
+    tl.store(target + HALF + lanes[None, :], rotated_b.to(target.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -71,26 +78,26 @@ def _rope_and_store(
     cos = tl.load(angle, mask=lanes < HALF, other=0.0)
     sin = tl.load(angle + HALF, mask=lanes < HALF, other=0.0)
     if tl.program_id(1) == 0:
-        heads = tl.arange(0, BLOCK_HEADS)
-        valid = (heads < HEADS)[:, None] & (lanes < HALF)[None, :]
-        at = q + token * q_token_stride + heads[:, None] * q_head_stride + lanes[None, :]
-        a = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        b = tl.load(at + HALF, mask=valid, other=0.0).to(tl.float32)
-        a, b = _rotated(a, b, cos, sin)
-        tl.store(at, a.to(q.dtype.element_ty), mask=valid)
-        tl.store(at + HALF, b.to(q.dtype.element_ty), mask=valid)
+        heads = q + token * q_token_stride + tl.arange(0, BLOCK_HEADS)[:, None] * q_head_stride
+        _rotate(heads, heads, cos, sin, lanes, HEADS, HALF, BLOCK_HEADS)
     else:
+        head = tl.arange(0, BLOCK_KV_HEADS)[:, None]
         slot = tl.load(kv_slots + token)
-        heads = tl.arange(0, BLOCK_KV_HEADS)
-        valid = (heads < tl.where(slot >= 0, KV_HEADS, 0))[:, None] & (lanes < HALF)[None, :]
-        target = kv_cache + slot // PAGE_SIZE * page_stride + slot % PAGE_SIZE * slot_stride
-        target += heads[:, None] * head_stride + lanes[None, :]
-        at = k + token * k_token_stride + heads[:, None] * k_head_stride + lanes[None, :]
-        a = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        b = tl.load(at + HALF, mask=valid, other=0.0).to(tl.float32)
-        a, b = _rotated(a, b, cos, sin)
-        tl.store(target, a.to(kv_cache.dtype.element_ty), mask=valid)
-        tl.store(target + HALF, b.to(kv_cache.dtype.element_ty), mask=valid)
-        at = v + token * v_token_stride + heads[:, None] * v_head_stride + lanes[None, :]
-        tl.store(target + v_offset, tl.load(at, mask=valid, other=0.0), mask=valid)
-        tl.store(target + v_offset + HALF, tl.load(at + HALF, mask=valid, other=0.0), mask=valid)
+        num_heads = tl.where(slot >= 0, KV_HEADS, 0)
+        target = (
+            kv_cache + slot // PAGE_SIZE * page_stride + slot % PAGE_SIZE * slot_stride + head * head_stride
+        )
+        _rotate(
+            k + token * k_token_stride + head * k_head_stride,
+            target,
+            cos,
+            sin,
+            lanes,
+            num_heads,
+            HALF,
+            BLOCK_KV_HEADS,
+        )
+        dims = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        valid = (head < num_heads) & (dims < 2 * HALF)
+        value = tl.load(v + token * v_token_stride + head * v_head_stride + dims, mask=valid, other=0.0)
+        tl.store(target + v_offset + dims, value, mask=valid)
