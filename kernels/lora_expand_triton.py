@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora.kernels.lora_work import LoRAWork, num_programs
+from manylora.kernels.lora_work import Launch, LoRAWork, num_programs
 
 _MAX_MODULES = 3
-_BLOCK_N = 128
+_DECODE, _PREFILL = Launch(4, 128, 4, 4), Launch(2, 128, 8, 3)
 
 
 def lora_expand(
@@ -23,6 +23,7 @@ def lora_expand(
     work: LoRAWork,
     y: torch.Tensor,
     out_sizes: tuple[int, ...],
+    launch: Launch | None = None,
 ) -> None:
     """As `kernels.lora_expand`, but for what follows.
 
@@ -33,9 +34,10 @@ def lora_expand(
     parts, chunks, _, _, columns = planes.shape
     modules = len(out_sizes)
     plane_width = columns // modules
-    blocks = [triton.cdiv(size, _BLOCK_N) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
+    launch = launch or (_DECODE if work.decode else _PREFILL)
+    blocks = [triton.cdiv(size, launch.block) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
-    grid = min(work.max_tiles * sum(blocks), num_programs(y.device, 4 if work.decode else 2))
+    grid = min(work.max_tiles * sum(blocks), num_programs(y.device, launch.programs))
     if not grid:
         return
     meta: dict[str, Any] = {
@@ -44,10 +46,10 @@ def lora_expand(
         # With a number of ranks that does not divide 16, widths are multiples of that number alone.
         "QUANTUM": 8 if plane_width * parts % 16 == 0 else 1,
         "TILE_TOKENS": work.tile_tokens,
-        "BLOCK_N": _BLOCK_N,
+        "BLOCK_N": launch.block,
         "BLOCK_R": max(16, triton.next_power_of_2(plane_width * parts)),
-        "num_warps": 4 if work.decode else 8,
-        "num_stages": 4 if work.decode else 3,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
     }
     _lora_expand[(grid,)](
         planes,

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora.kernels.lora_work import LoRAWork, num_programs
+from manylora.kernels.lora_work import Launch, LoRAWork, num_programs
+
+_DECODE, _PREFILL = Launch(3, 128, 4, 4), Launch(2, 128, 4, 3)
 
 
 def lora_shrink(
@@ -19,6 +21,7 @@ def lora_shrink(
     work: LoRAWork,
     planes: torch.Tensor,
     split: int,
+    launch: Launch | None = None,
 ) -> None:
     """As `kernels.lora_shrink`, but for what follows.
 
@@ -27,8 +30,9 @@ def lora_shrink(
     """
     num_chunks, _, num_tokens, columns = planes.shape
     features, modules = x.shape[1], offsets.shape[1]
-    block_k = min(128, max(16, triton.next_power_of_2(features)))
-    grid = min(work.max_items * num_chunks, num_programs(x.device, 3 if work.decode else 2))
+    launch = launch or (_DECODE if work.decode else _PREFILL)
+    block_k = min(launch.block, max(16, triton.next_power_of_2(features)))
+    grid = min(work.max_items * num_chunks, num_programs(x.device, launch.programs))
     if not grid:
         return
     meta: dict[str, Any] = {
@@ -41,8 +45,8 @@ def lora_shrink(
         "TILE_TOKENS": work.tile_tokens,
         "BLOCK_N": max(16, triton.next_power_of_2(columns)),
         "BLOCK_K": block_k,
-        "num_warps": 4,
-        "num_stages": 4 if work.decode else 3,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
     }
     _lora_shrink[(grid,)](
         x,

@@ -7,6 +7,7 @@ serves any mix of adapters, ranks and tokens without an adapter.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,15 @@ _MIN_CHUNK = 128  # input features
 _FULL_TILES = 64  # with as many prefill tiles a GPU is full without chunks
 
 
+class Launch(NamedTuple):
+    """How a kernel is launched: what is measured, not derived."""
+
+    programs: int  # for every multiprocessor
+    block: int  # input features of a shrink's step, outputs of an expand's
+    num_warps: int
+    num_stages: int
+
+
 class LoRAWork:
     """Buffers of one step, or of every step of one captured graph; `list_work` fills them.
 
@@ -25,6 +35,7 @@ class LoRAWork:
     max_slices: the most slices any segment has.
     num_tokens: rows of the activations.
     plane_columns: the most columns of a plane that any site needs.
+    lender: an older one, never in use at the same time, whose memory for planes is used if it is large enough.
 
     tiles: (max_tiles, 4) int32: first token, tokens (≤ tile_tokens), first entry in `slices`, number of slices.
     items: (max_items, 4) int32: first token, tokens, row of the slice table, plane: one for each slice of each tile.
@@ -38,6 +49,7 @@ class LoRAWork:
         max_slices: int,
         num_tokens: int,
         plane_columns: int,
+        lender: LoRAWork | None = None,
     ) -> None:
         device = segments.device
         self.segments = segments
@@ -52,9 +64,11 @@ class LoRAWork:
         self.items = torch.empty((self.max_items, 4), dtype=torch.int32, device=device)
         self.counts = torch.empty(2, dtype=torch.int32, device=device)
         self._plane_elements = max_slices * num_tokens * plane_columns
-        self._planes = torch.empty(
-            self._num_chunks() * self._plane_elements, dtype=torch.float32, device=device
-        )
+        size = self._num_chunks() * self._plane_elements
+        if lender is not None and lender._planes.numel() >= size:
+            self._planes = lender._planes
+        else:
+            self._planes = torch.empty(size, dtype=torch.float32, device=device)
 
     def planes(self, features: int, columns: int) -> torch.Tensor:
         """Where a shrink of `features` inputs writes: (chunks, max_slices, num_tokens, columns) float32.

@@ -50,14 +50,17 @@ class LoRABatch:
         max_slices: int,
         num_tokens: int,
         geometry: PoolGeometry,
+        lender: LoRABatch | None = None,
     ) -> LoRABatch:
         """A step of `num_tokens` tokens for the kernels. Call `prepare` before its first site.
 
         For a captured graph the tensors are its static inputs, with room for any step it serves: segments that are all
-        zero are padding, and `max_slices` is a bound.
+        zero are padding, and `max_slices` is a bound. `lender`: another, never in use at the same time, to share memory with.
         """
         columns = max(map(len, SITES)) * geometry.slice_width(SLICE_ROWS)
-        return cls(segments, slices, max_slices, LoRAWork(segments, slices, max_slices, num_tokens, columns))
+        lent = lender.work if lender is not None else None
+        work = LoRAWork(segments, slices, max_slices, num_tokens, columns, lent)
+        return cls(segments, slices, max_slices, work)
 
     def prepare(self) -> None:
         """Make the kernels' work list of what the tensors hold now: once a step, inside the graph if there is one."""
