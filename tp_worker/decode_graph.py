@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from manylora.kernels.sampling import rows_finite, sample_greedy
 from manylora.lora.lora_batch import LoRABatch
@@ -55,9 +57,7 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         self.result: DecodeResult | None = None
 
-    def capture(
-        self, forward: Forward, logits: Logits, memory: tuple[int, int], stream: torch.cuda.Stream
-    ) -> None:
+    def capture(self, forward: Forward, logits: Logits, memory: Any, stream: torch.cuda.Stream) -> None:
         """Run the empty step a few times, so that nothing is compiled or allocated late, then capture it."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -129,16 +129,15 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[int, int], None]) -> None:
-        """Capture them, the largest first so that the others fit into its memory. progress(done, of all)."""
+    def capture(self, show_progress: bool) -> None:
+        """Capture them, the largest first so that the others fit into its memory."""
         memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         wanted = [(bucket, bound) for bucket in reversed(self._buckets) for bound in reversed(self._bounds)]
-        for done, (bucket, bound) in enumerate(wanted):
+        for bucket, bound in tqdm(wanted, "capturing graphs", disable=not show_progress):
             graph = _Graph(bucket, bound, self._geometry, self._state)
             graph.capture(self._forward, self._logits, memory, stream)
             self._graphs[bucket, bound] = graph
-            progress(done + 1, len(wanted))
 
     def run(self, num_rows: int, max_slices: int, sections: dict[str, torch.Tensor]) -> DecodeResult | None:
         """Replay a step of decode rows; None if no graph is made for it."""
