@@ -25,10 +25,10 @@ def uniform(
     num_rows = len(position)
     out = torch.empty(num_rows, dtype=torch.float32, device=position.device)
     columns = (seed_low, seed_high, sample_index, position)
-    strides = [column.stride(0) for column in columns]
+    strides: list[Any] = [column.stride(0) for column in columns]
     meta: dict[str, Any] = {"BITS": UNIFORM_BITS, "BLOCK": 128}
     if num_rows:
-        _uniform[(triton.cdiv(num_rows, 128),)](*columns, *strides, out=out, num_rows=num_rows, **meta)
+        _uniform[(triton.cdiv(num_rows, 128),)](out, num_rows, *columns, *strides, **meta)
     return out
 
 
@@ -44,7 +44,7 @@ def sample(
     num_rows, vocab = logits.shape
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     columns = (temperature, top_k, top_p, min_p, uniforms)
-    strides = [column.stride(0) for column in columns]
+    strides: list[Any] = [column.stride(0) for column in columns]
     block = min(_BLOCK, triton.next_power_of_2(vocab))
     meta: dict[str, Any] = {
         "MASS_BITS": MASS_BITS,
@@ -53,12 +53,14 @@ def sample(
         "num_warps": max(1, block // 128),
     }
     if num_rows:
-        _sample[(num_rows,)](logits, logits.stride(0), vocab, *columns, *strides, out=out, **meta)
+        _sample[(num_rows,)](logits, logits.stride(0), vocab, out, *columns, *strides, **meta)
     return out
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _uniform(
+    out,
+    num_rows,
     seed_low,
     seed_high,
     sample_index,
@@ -67,8 +69,6 @@ def _uniform(
     high_stride,
     index_stride,
     position_stride,
-    out,
-    num_rows,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -215,6 +215,7 @@ def _sample(
     logits,
     row_stride,
     vocab,
+    out,
     temperatures,
     top_ks,
     top_ps,
@@ -225,7 +226,6 @@ def _sample(
     top_p_stride,
     min_p_stride,
     uniform_stride,
-    out,
     MASS_BITS: tl.constexpr,
     UNIFORM_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
