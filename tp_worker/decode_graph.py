@@ -41,19 +41,31 @@ class DecodeResult:
 
 
 class _Graph:
-    """One captured step of `bucket` rows with room for `max_slices` slices an adapter (0: no LoRA)."""
+    """One captured step of `bucket` rows with room for `max_slices` slices an adapter (0: no LoRA).
 
-    def __init__(self, bucket: int, max_slices: int, geometry: PoolGeometry, state: SlotState) -> None:
+    `lender`: the LoRA batch of another graph, to share memory with.
+    """
+
+    def __init__(
+        self,
+        bucket: int,
+        max_slices: int,
+        geometry: PoolGeometry,
+        state: SlotState,
+        lender: LoRABatch | None,
+    ) -> None:
         device = state.page_table.device
         self._state = state
         self._page_size = geometry.page_size
         self._padding = torch.tensor([state.dummy_slot, 0, 0, 0], device=device)
         self._rows = self._padding.repeat(bucket, 1)
-        self._lora: LoRABatch | None = None
+        self.lora: LoRABatch | None = None
         if max_slices:
             self._segments = torch.zeros((bucket, 4), dtype=torch.int64, device=device)
             self._slices = torch.zeros(bucket * max_slices, dtype=torch.int64, device=device)
-            self._lora = LoRABatch.on_device(self._segments, self._slices, max_slices, bucket, geometry)
+            self.lora = LoRABatch.on_device(
+                self._segments, self._slices, max_slices, bucket, geometry, lender
+            )
         self._graph = torch.cuda.CUDAGraph()
         self.result: DecodeResult | None = None
 
@@ -73,7 +85,7 @@ class _Graph:
         rows = sections["rows"]
         self._rows[: len(rows)] = rows
         self._rows[len(rows) :] = self._padding
-        if self._lora is not None:
+        if self.lora is not None:
             segments, slices = sections["segments"], sections["slices"].squeeze(1)
             self._segments[: len(segments)] = segments
             self._segments[len(segments) :] = 0
@@ -82,8 +94,8 @@ class _Graph:
         return self.result
 
     def _step(self, forward: Forward, logits: Logits) -> DecodeResult:
-        if self._lora is not None:
-            self._lora.prepare()
+        if self.lora is not None:
+            self.lora.prepare()
         slots, starts, num_new = self._rows[:, 0], self._rows[:, 1], self._rows[:, 2]
         page_table = self._state.page_table
         pages = page_table[slots, starts // self._page_size]
@@ -98,7 +110,7 @@ class _Graph:
             rows=self._rows,
             slots=slots,
             kv_lens=starts + num_new,
-            lora=self._lora,
+            lora=self.lora,
         )
         row_logits = logits(forward(inputs))
         finite = rows_finite(row_logits)
@@ -133,9 +145,11 @@ class DecodeGraphs:
         """Capture them, the largest first so that the others fit into its memory."""
         memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
+        lender: LoRABatch | None = None
         wanted = [(bucket, bound) for bucket in reversed(self._buckets) for bound in reversed(self._bounds)]
         for bucket, bound in tqdm(wanted, "capturing graphs", disable=not show_progress):
-            graph = _Graph(bucket, bound, self._geometry, self._state)
+            graph = _Graph(bucket, bound, self._geometry, self._state, lender)
+            lender = lender or graph.lora
             graph.capture(self._forward, self._logits, memory, stream)
             self._graphs[bucket, bound] = graph
 
