@@ -9,11 +9,9 @@ def kv_store(k: Tensor, v: Tensor, kv_cache: Tensor, kv_slots: Tensor) -> None:
     """Write every token's K and V to its slot.
 
     k, v (T, kv_heads, d), any strides; kv_cache (pages, 2, kv_heads, page_size, d), one layer's view of the pool;
-    kv_slots (T,) int64, page · page_size + offset in the page, no two alike; -1: the token is written nowhere.
+    kv_slots (T,) int64, page · page_size + offset in the page, no two alike.
     """
     page_size = kv_cache.shape[3]
-    real = kv_slots >= 0
-    slots = kv_slots[real]
-    pages, offsets = slots // page_size, slots % page_size
-    kv_cache[pages, 0, :, offsets] = k[real]
-    kv_cache[pages, 1, :, offsets] = v[real]
+    pages, offsets = kv_slots // page_size, kv_slots % page_size
+    kv_cache[pages, 0, :, offsets] = k
+    kv_cache[pages, 1, :, offsets] = v

@@ -33,9 +33,8 @@ def rope_and_store(
 
 
 @triton.jit
-def _rotate(source, target, cos, sin, lanes, num_heads, HALF: tl.constexpr, HEADS: tl.constexpr):
-    """Write `num_heads` rotated heads. source, target: (HEADS, 1) pointers to heads, which may be the same."""
-    valid = (tl.arange(0, HEADS) < num_heads)[:, None] & (lanes < HALF)[None, :]
+def _rotate(source, target, cos, sin, lanes, valid, HALF: tl.constexpr):
+    """Write rotated heads. source, target: (heads, 1) pointers, which may be the same; valid (heads, lanes)."""
     a = tl.load(source + lanes[None, :], mask=valid, other=0.0).to(tl.float32)
     b = tl.load(source + HALF + lanes[None, :], mask=valid, other=0.0).to(tl.float32)
     rotated_a = a * cos[None, :] - b * sin[None, :]
@@ -77,27 +76,19 @@ def _rope_and_store(
     angle = cos_sin + tl.load(positions + token) * cos_sin_stride + lanes
     cos = tl.load(angle, mask=lanes < HALF, other=0.0)
     sin = tl.load(angle + HALF, mask=lanes < HALF, other=0.0)
+    half = (lanes < HALF)[None, :]
     if tl.program_id(1) == 0:
-        heads = q + token * q_token_stride + tl.arange(0, BLOCK_HEADS)[:, None] * q_head_stride
-        _rotate(heads, heads, cos, sin, lanes, HEADS, HALF, BLOCK_HEADS)
+        head = tl.arange(0, BLOCK_HEADS)[:, None]
+        source = q + token * q_token_stride + head * q_head_stride
+        _rotate(source, source, cos, sin, lanes, (head < HEADS) & half, HALF)
     else:
-        head = tl.arange(0, BLOCK_KV_HEADS)[:, None]
+        kv_head = tl.arange(0, BLOCK_KV_HEADS)[:, None]
         slot = tl.load(kv_slots + token)
-        num_heads = tl.where(slot >= 0, KV_HEADS, 0)
-        target = (
-            kv_cache + slot // PAGE_SIZE * page_stride + slot % PAGE_SIZE * slot_stride + head * head_stride
-        )
-        _rotate(
-            k + token * k_token_stride + head * k_head_stride,
-            target,
-            cos,
-            sin,
-            lanes,
-            num_heads,
-            HALF,
-            BLOCK_KV_HEADS,
-        )
+        target = kv_cache + slot // PAGE_SIZE * page_stride + slot % PAGE_SIZE * slot_stride
+        target += kv_head * head_stride
+        key = k + token * k_token_stride + kv_head * k_head_stride
+        _rotate(key, target, cos, sin, lanes, (kv_head < KV_HEADS) & half, HALF)
         dims = tl.arange(0, 2 * BLOCK_HALF)[None, :]
-        valid = (head < num_heads) & (dims < 2 * HALF)
-        value = tl.load(v + token * v_token_stride + head * v_head_stride + dims, mask=valid, other=0.0)
+        valid = (kv_head < KV_HEADS) & (dims < 2 * HALF)
+        value = tl.load(v + token * v_token_stride + kv_head * v_head_stride + dims, mask=valid, other=0.0)
         tl.store(target + v_offset + dims, value, mask=valid)

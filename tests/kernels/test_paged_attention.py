@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manylora.kernels.kv_store import kv_store
 from manylora.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
 from tests.kernels.paged_rows import PagedRows
 
@@ -29,13 +28,6 @@ def test_kv_store_writes_its_slots_and_nothing_else() -> None:
     written = rows.kv_cache.isfinite().sum().item()
     assert written == 2 * 2 * HEAD_DIM * (5 + 9)
     assert rows.others.isnan().all()
-
-
-def test_kv_store_writes_padding_nowhere() -> None:
-    cache = torch.zeros(3, 2, 1, PAGE_SIZE, HEAD_DIM)
-    kv_store(torch.ones(2, 1, HEAD_DIM), torch.ones(2, 1, HEAD_DIM), cache, torch.tensor([-1, 5]))
-    assert cache.sum() == 2 * HEAD_DIM
-    assert cache[1, :, 0, 1].all()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1)])

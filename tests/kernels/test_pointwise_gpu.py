@@ -62,7 +62,6 @@ def test_rope_and_store(
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
     positions = torch.randint(num_positions, (num_tokens,), device="cuda")
     kv_slots = torch.randperm(num_pages * page_size, device="cuda")[:num_tokens]
-    kv_slots[num_tokens // 2 + 1 :: 3] = -1
     fused = torch.randn(num_tokens, heads + 2 * kv_heads, head_dim, device="cuda").to(dtype)
     results = []
     for op in (rope_and_store, rope_and_store_reference):
