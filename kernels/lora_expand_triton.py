@@ -215,7 +215,7 @@ def _lora_expand(
                     acc = tl.dot(hidden, lora_b, input_precision="ieee")
                     _add_to(y_module, y_stride, acc, token, in_tile, output, size)
         else:
-            pieces = 0
+            pieces = tl.zeros((), tl.int32)
             for plane in range(count):
                 slice_row = tl.load(slices + entry + plane).to(tl.int64)
                 pieces += (tl.load(offsets_at + slice_row * offsets_row) >= 0).to(tl.int32)
