@@ -96,7 +96,7 @@ class _Graph:
     def _step(self, forward: Forward, logits: Logits) -> DecodeResult:
         if self.lora is not None:
             self.lora.prepare()
-        slots, starts, num_new = self._rows[:, 0], self._rows[:, 1], self._rows[:, 2]
+        slots, starts, num_new = self._rows[:, 0], self._rows[:, 1].contiguous(), self._rows[:, 2]
         page_table = self._state.page_table
         pages = page_table[slots, starts // self._page_size]
         inputs = StepInputs(

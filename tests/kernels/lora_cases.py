@@ -94,6 +94,10 @@ class Site:
             self.pages[start : start + piece.numel()] = piece.reshape(-1)
             start += -(-piece.numel() // 32) * 32 + 32
         self.device_pages = self.pages.to(device)
+        # Copied here, because a copy from the host cannot be captured.
+        self._device_tables = [
+            table.to(device) for table in (self.a_offsets, self.b_offsets, self.widths, self.scalings)
+        ]
 
     def _place(self, pieces: list[torch.Tensor], piece: torch.Tensor) -> int:
         start = self._used
@@ -149,10 +153,7 @@ class Site:
 
     def apply(self, work: LoRAWork, x: torch.Tensor, y: torch.Tensor, parts: int = 1) -> None:
         """Add the delta to y with the kernels; as `parts` ranks with 1/parts of every slice's A each would."""
-        tables = [
-            table.to(self.device) for table in (self.a_offsets, self.b_offsets, self.widths, self.scalings)
-        ]
-        a_offsets, b_offsets, widths, scalings = tables
+        a_offsets, b_offsets, widths, scalings = self._device_tables
         columns = 16 * len(self.out_sizes) // parts
         gathered = []
         for part in range(parts):

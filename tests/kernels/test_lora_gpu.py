@@ -17,7 +17,9 @@ pytestmark = pytest.mark.gpu
 
 Runs = list[tuple[int, int | None]]
 RANKS = [(8, 16, 64, 16, 1, 32, 24, 128)[i % 8] for i in range(24)]
-TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1.6e-2, 2e-2)}
+# Planes are rounded to bfloat16, so an element may be off by 2⁻⁹ of the terms that cancel in it.
+TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1.6e-2, 6e-2)}
+RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 SITES = {
     "qkv": (4096, (4096, 1024, 1024)),
     "o": (4096, (4096,)),
@@ -53,8 +55,15 @@ def check(site: Site, runs: Runs) -> None:
     x, y = random_step(site, sum(count for count, _ in runs))
     expected = site.expected(runs, x, y)
     site.apply(site.work(runs), x, y)
-    rtol, atol = TOLERANCE[site.pages.dtype]
-    torch.testing.assert_close(y.cpu(), expected, rtol=rtol, atol=atol)
+    assert_near(y.cpu(), expected)
+
+
+def assert_near(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Each element, and all of them together more tightly."""
+    rtol, atol = TOLERANCE[y.dtype]
+    torch.testing.assert_close(y, expected, rtol=rtol, atol=atol)
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < RELATIVE[y.dtype]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -100,8 +109,7 @@ def test_one_graph_serves_every_mix(num_tokens: int, dtype: torch.dtype) -> None
         slices[: len(step_slices)] = step_slices.cuda()
         expected = site.expected(runs, x, y)
         graph.replay()
-        rtol, atol = TOLERANCE[dtype]
-        torch.testing.assert_close(y.cpu(), expected, rtol=rtol, atol=atol)
+        assert_near(y.cpu(), expected)
         y.normal_()
 
 
