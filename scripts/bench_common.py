@@ -189,6 +189,11 @@ def median_of(values: Sequence[float], digits: int = 3) -> float:
     return round(statistics.median(values), digits)
 
 
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The smallest value that so many percent do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
+
+
 def rounded(values: Sequence[float], digits: int = 3) -> list[float]:
     return [round(value, digits) for value in values]
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from bench_common import CONTEXT_LENGTH, ROOT, Bench, Result, greedy, make_arguments, run_to_end
+from bench_common import CONTEXT_LENGTH, ROOT, Bench, Result, greedy, make_arguments, percentile, run_to_end
 
 RANK = 16
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 512, 512, 128
@@ -158,12 +158,7 @@ async def load(bench: Bench, session: aiohttp.ClientSession, rate: float, num_ad
 
 
 def percentiles(what: str, seconds: Sequence[float]) -> Result:
-    """In milliseconds: the smallest value that so many percent do not exceed."""
-    ordered = sorted(seconds)
-    return {
-        f"{what}_ms_p{p}": round(1e3 * ordered[max(0, -(-len(ordered) * p // 100) - 1)], 2)
-        for p in PERCENTILES
-    }
+    return {f"{what}_ms_p{p}": round(1e3 * percentile(seconds, p), 2) for p in PERCENTILES}
 
 
 def name_of(index: int) -> str:
