@@ -15,7 +15,8 @@ def rope_and_store(
     """See `kernels.rope_and_store`; k is left as it was. positions and kv_slots are contiguous."""
     num_tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    if any(x.stride(-1) != 1 for x in (q, k, v, cos_sin, positions, kv_cache, kv_slots)):
+    # A dimension of one element may have any stride.
+    if any(x.stride(-1) != 1 < x.shape[-1] for x in (q, k, v, cos_sin, positions, kv_cache, kv_slots)):
         raise ValueError("rope_and_store takes tensors whose last dimension is contiguous")
     constants: dict[str, Any] = {
         "HEADS": heads,

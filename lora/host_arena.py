@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,7 +22,7 @@ class HostArena:
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(self._memory, dtype=torch.uint8)
         if pinned:
-            _pin(flat)
+            weakref.finalize(self, _pin(flat), flat.data_ptr())
         self.pages = flat[: num_host_pages * page_bytes].view(num_host_pages, page_bytes)
         self._rows = self.pages.numpy()
 
@@ -34,8 +35,8 @@ class HostArena:
                     raise OSError(f"{path} ends before its last page")
 
 
-def _pin(memory: torch.Tensor) -> None:
-    """Let the GPU read this memory by itself, until the process ends."""
+def _pin(memory: torch.Tensor) -> Callable[[int], object]:
+    """Let the GPU read this memory by itself. Returns what ends it, to be called with the address."""
     cudart = torch.cuda.cudart()
     assert cudart is not None
     error = cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
@@ -45,3 +46,4 @@ def _pin(memory: torch.Tensor) -> None:
             "lower --host-fraction",
             param="host_fraction",
         )
+    return cudart.cudaHostUnregister

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 Runs = list[tuple[int, int | None]]
 RANKS = [(8, 16, 64, 16, 1, 32, 24, 128)[i % 8] for i in range(24)]
 # Planes are rounded to bfloat16, so an element may be off by 2⁻⁹ of the terms that cancel in it.
-TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1.6e-2, 6e-2)}
+TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1.6e-2, 0.15)}
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 SITES = {
     "qkv": (4096, (4096, 1024, 1024)),
