@@ -11,5 +11,13 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
     Computed in float32 and rounded once.
     """
+    if x.is_cuda:
+        from manylora.kernels import activation_triton
+
+        return activation_triton.silu_and_mul(x)
+    return silu_and_mul_reference(x)
+
+
+def silu_and_mul_reference(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return (F.silu(gate.float()) * up).to(x.dtype)

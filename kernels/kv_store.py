@@ -1,4 +1,4 @@
-"""Writing keys and values into the paged cache."""
+"""Writing keys and values into the paged cache: the reference half of `rope_and_store`."""
 
 from __future__ import annotations
 

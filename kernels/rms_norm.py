@@ -11,12 +11,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Semantics: (x / sqrt(mean(x²) + eps)) in float32, rounded to x's dtype, times weight.
     """
+    if x.is_cuda:
+        from manylora.kernels import rms_norm_triton
+
+        return rms_norm_triton.rms_norm(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`residual += x` in place, then `rms_norm(residual, weight, eps)` as a new tensor. All (…, n)."""
+    if x.is_cuda:
+        from manylora.kernels import rms_norm_triton
+
+        return rms_norm_triton.fused_add_rms_norm(x, residual, weight, eps)
+    return fused_add_rms_norm_reference(x, residual, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`residual += x` in place, then `rms_norm(residual, weight, eps)` as a new tensor. All (…, n)."""
+def fused_add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     residual += x
-    return rms_norm(residual, weight, eps)
+    return rms_norm_reference(residual, weight, eps)

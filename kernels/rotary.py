@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Rotary position embedding: the reference half of `rope_and_store`."""
 
 from __future__ import annotations
 

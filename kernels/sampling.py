@@ -10,12 +10,12 @@ from functools import cache
 
 import torch
 
+from manylora.kernels.fixed_point import MASS_BITS, UNIFORM_BITS
+
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_UNIFORM_BITS = 24  # what float32 holds exactly
-_MASS_BITS = 38  # probabilities in fixed point; with _UNIFORM_BITS still below 2^63
 
 
 @cache
@@ -49,12 +49,22 @@ def uniform(
 
     All (n,) int64; the seeds' words may be given signed. Returns (n,) float32 in [0, 1), a multiple of 2^-24.
     """
+    if position.is_cuda:
+        from manylora.kernels import sampling_triton
+
+        return sampling_triton.uniform(seed_low, seed_high, sample_index, position)
+    return uniform_reference(seed_low, seed_high, sample_index, position)
+
+
+def uniform_reference(
+    seed_low: torch.Tensor, seed_high: torch.Tensor, sample_index: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
     zero = torch.zeros_like(position)
     words = philox(
         torch.stack((position, sample_index, zero, zero)),
         torch.stack((seed_low & _WORD, seed_high & _WORD)),
     )
-    return (words[0] >> (32 - _UNIFORM_BITS)).to(torch.float32) * 2.0**-_UNIFORM_BITS
+    return (words[0] >> (32 - UNIFORM_BITS)).to(torch.float32) * 2.0**-UNIFORM_BITS
 
 
 def apply_penalties(
@@ -104,28 +114,51 @@ def sample(
 ) -> torch.Tensor:
     """Draw one token per row. Returns (n,) int64.
 
-    logits: (n, vocab) float32; temperature, top_p, min_p, uniforms: (n,) float32; top_k: (n,) int64.
+    logits: (n, vocab) float32; temperature, top_p, min_p, uniforms: (n,) float32; top_k: (n,) int64, ≥ 1.
 
-    Of softmax(logits / temperature), sorted, a token is kept while its rank is below `top_k`, the mass before it is
-    below `top_p` and its probability is at least `min_p` times the best one's; all three are taken of the whole
-    distribution. The uniform number then picks from what is kept. Temperature 0 means greedy.
+    A token's mass is exp((logit - best logit) / temperature), in fixed point. With the tokens in order of falling logits,
+    equal ones by rising ids, a token is kept while its rank is below `top_k`, the mass before it is below `top_p` times
+    all mass and its own is at least `min_p`; all three are taken of the whole distribution. The uniform number then
+    picks by mass from what is kept, in order of ids. Temperature 0 means greedy.
     """
+    if logits.is_cuda:
+        from manylora.kernels import sampling_triton
+
+        return sampling_triton.sample(logits, temperature, top_k, top_p, min_p, uniforms)
+    return sample_reference(logits, temperature, top_k, top_p, min_p, uniforms)
+
+
+def sample_reference(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniforms: torch.Tensor,
+) -> torch.Tensor:
     greedy = temperature == 0
-    scale = torch.where(greedy, 1.0, temperature).unsqueeze(1)
-    # Ties are sorted by id, so that equal logits mean equal draws everywhere.
-    probs, ids = torch.softmax(logits / scale, dim=-1).sort(dim=-1, descending=True, stable=True)
-    # Fixed point, because a floating-point scan may add in another order on another GPU or at another batch size.
-    mass = (probs.double() * 2.0**_MASS_BITS).to(torch.int64)
+    inverse = (1.0 / torch.where(greedy, 1.0, temperature)).unsqueeze(1)
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    share = torch.exp((ordered - ordered[:, :1]) * inverse).nan_to_num(0.0)
+    # Fixed point, because a floating-point sum may add in another order on another GPU or at another batch size.
+    mass = (share * 2.0**MASS_BITS).to(torch.int64)
     cumulative = mass.cumsum(dim=-1)
-    kept = torch.arange(probs.shape[1], device=probs.device) < top_k.unsqueeze(1)
-    limit = torch.where(top_p < 1, top_p.double() * 2.0**_MASS_BITS, torch.inf).unsqueeze(1)
-    kept &= cumulative - mass < limit
-    kept &= probs >= probs[:, :1] * min_p.unsqueeze(1)
-    last = (kept.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    total = cumulative.gather(1, last)
-    target = (uniforms.unsqueeze(1) * 2.0**_UNIFORM_BITS).to(torch.int64) * total >> _UNIFORM_BITS
-    choice = torch.searchsorted(cumulative, target, right=True).minimum(last)
-    return torch.where(greedy, sample_greedy(logits), ids.gather(1, choice).squeeze(1))
+    total = cumulative[:, -1:]
+    below_p = (top_p.double().unsqueeze(1) * total).ceil().to(torch.int64).clamp(min=1)
+    kept = torch.arange(logits.shape[1], device=logits.device) < top_k.unsqueeze(1)
+    kept &= cumulative - mass < torch.where(top_p.unsqueeze(1) < 1, below_p, total)
+    kept &= share >= min_p.unsqueeze(1)
+    cumulative = torch.zeros_like(mass).scatter_(1, ids, mass * kept).cumsum(dim=-1)
+    target = _part_of(cumulative[:, -1:], uniforms.unsqueeze(1))
+    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
+    return torch.where(greedy, sample_greedy(logits), choice.squeeze(1))
+
+
+def _part_of(total: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """floor(uniforms · total), exactly; in two halves, because the product takes more than 64 bits."""
+    drawn = (uniforms * 2.0**UNIFORM_BITS).to(torch.int64)
+    low = total & (1 << UNIFORM_BITS) - 1
+    return (total >> UNIFORM_BITS) * drawn + (low * drawn >> UNIFORM_BITS)
 
 
 def rows_finite(logits: torch.Tensor) -> torch.Tensor:

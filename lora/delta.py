@@ -18,13 +18,26 @@ from manylora.lora.weight_pool import WeightPool
 
 
 class LoRADelta:
-    """The delta of one (layer, site) on one rank. `site` indexes `SITES`."""
+    """The delta of one (layer, site) on one rank. `site` indexes `SITES`.
 
-    def __init__(self, pool: WeightPool, layer: int, site: int, group: Collectives, sharding: str) -> None:
+    `side_stream` of a CUDA device runs the shrink of a decode step beside the base product. It is not used where a
+    collective follows the shrink: on another stream that would need a communicator of its own.
+    """
+
+    def __init__(
+        self,
+        pool: WeightPool,
+        layer: int,
+        site: int,
+        group: Collectives,
+        sharding: str,
+        side_stream: torch.cuda.Stream | None = None,
+    ) -> None:
         geometry = pool.geometry
         shapes = [geometry.modules[module] for module in SITES[site]]
         self._pages = pool.elements
         self._table = pool.table.site(layer, site)
+        self._device_table = pool.device_table.site(layer, site)
         self._group = group
         self._split = shapes[0].a_split
         self._plane_columns = len(shapes) * geometry.slice_width(SLICE_ROWS) // self._split
@@ -33,7 +46,9 @@ class LoRADelta:
         row_parallel = SITES[site][0] in ROW_PARALLEL
         self._gathers = sharded and not row_parallel
         self._reduces = sharded and row_parallel
-        self._first_column = group.rank * self._out_sizes[0] if self._reduces else 0
+        first_column = group.rank * self._out_sizes[0] if self._reduces else 0
+        self._y_columns = slice(first_column, first_column + sum(self._out_sizes))
+        self._side_stream = None if sharded else side_stream
 
     def apply(self, x: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
         """Add the delta to y in place.
@@ -41,40 +56,90 @@ class LoRADelta:
         x: (T, in_local). y: column-parallel (T, sum of the modules' out_local), row-parallel (T, hidden), this rank's
         partial sum before the base's all-reduce.
         """
-        table = self._table
-        planes = x.new_empty((batch.max_slices, x.shape[0], self._plane_columns), dtype=torch.float32)
-        lora_shrink(
-            x,
-            self._pages,
-            table.a_offsets,
-            table.widths,
-            batch.segments,
-            batch.slices,
-            planes,
-            self._split,
+        self.finish(self.begin(x, batch), y, batch)
+
+    def begin(self, x: torch.Tensor, batch: LoRABatch) -> torch.Tensor:
+        """The half of `apply` that needs no y: x·Aᵀ, for `finish`. x must live until then."""
+        side_stream = self._side_stream_of(batch)
+        if side_stream is None:
+            return self._shrink(x, batch)
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            return self._shrink(x, batch)
+
+    def finish(self, planes: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
+        """The other half, after the base product and before the next site's `begin`."""
+        side_stream = self._side_stream_of(batch)
+        if side_stream is not None:
+            torch.cuda.current_stream().wait_stream(side_stream)
+        self._expand(self._exchange(planes), y[:, self._y_columns], batch)
+
+    def _side_stream_of(self, batch: LoRABatch) -> torch.cuda.Stream | None:
+        return self._side_stream if batch.work is not None and batch.work.decode else None
+
+    def _shrink(self, x: torch.Tensor, batch: LoRABatch) -> torch.Tensor:
+        """x·Aᵀ in planes of (chunks, slices, T, plane columns)."""
+        if batch.work is None:
+            shape = (1, batch.max_slices, x.shape[0], self._plane_columns)
+            planes = x.new_empty(shape, dtype=torch.float32)
+            lora_shrink(
+                x,
+                self._pages,
+                self._table.a_offsets,
+                self._table.widths,
+                batch.segments,
+                batch.slices,
+                planes[0],
+                self._split,
+            )
+            return planes
+        from manylora.kernels import lora_shrink_triton
+
+        planes, table = batch.work.planes(x.shape[1], self._plane_columns), self._device_table
+        lora_shrink_triton.lora_shrink(
+            x, self._pages, table.a_offsets, table.widths, batch.work, planes, self._split
         )
-        if self._gathers:
-            parts = self._group.all_gather(planes)
-        elif self._reduces:
-            parts = self._group.all_reduce(planes)[None]
-        else:
-            parts = planes[None]
-        columns = sum(self._out_sizes)
-        lora_expand(
+        return planes
+
+    def _exchange(self, planes: torch.Tensor) -> torch.Tensor:
+        """(chunks, slices, T, plane columns) of this rank -> (parts, chunks, slices, T, plane columns) of all."""
+        if not (self._gathers or self._reduces):
+            return planes[None]
+        whole = planes.sum(0, keepdim=True) if len(planes) > 1 else planes
+        return self._group.all_gather(whole) if self._gathers else self._group.all_reduce(whole)[None]
+
+    def _expand(self, parts: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
+        """y += parts·Bᵀ; parts as `_exchange` returns them."""
+        if batch.work is None:
+            lora_expand(
+                parts[:, 0],
+                self._pages,
+                self._table.b_offsets,
+                self._table.widths,
+                self._table.scalings,
+                batch.segments,
+                batch.slices,
+                y,
+                self._out_sizes,
+            )
+            return
+        from manylora.kernels import lora_expand_triton
+
+        table = self._device_table
+        lora_expand_triton.lora_expand(
             parts,
             self._pages,
             table.b_offsets,
             table.widths,
             table.scalings,
-            batch.segments,
-            batch.slices,
-            y[:, self._first_column : self._first_column + columns],
+            batch.work,
+            y,
             self._out_sizes,
         )
 
 
 class LoRASite(Protocol):
-    """A linear layer that adds `lora.apply(x, y, batch)` to its product."""
+    """A linear layer that calls `lora.begin` before its product and `lora.finish` on it."""
 
     lora: Any  # None or a LoRADelta; the layer has its own Protocol of it
 
@@ -87,5 +152,7 @@ class HasLoRASites(Protocol):
 
 def attach_deltas(model: HasLoRASites, pool: WeightPool, group: Collectives, sharding: str) -> None:
     """Give every LoRA site of the model its delta."""
+    on_cuda = pool.elements.device.type == "cuda"
+    side_stream = torch.cuda.Stream(pool.elements.device) if on_cuda else None
     for layer, site, linear in model.lora_sites():
-        linear.lora = LoRADelta(pool, layer, site, group, sharding)
+        linear.lora = LoRADelta(pool, layer, site, group, sharding, side_stream)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import mmap
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
+
+from manylora.runtime.errors import OutOfMemoryError
 
 
 class HostArena:
     """`pages` is (num_host_pages, page_bytes) uint8; the scheduler says what lies where."""
 
     def __init__(self, num_host_pages: int, page_bytes: int, pinned: bool) -> None:
-        self.pages = torch.empty((num_host_pages, page_bytes), dtype=torch.uint8, pin_memory=pinned)
+        # An anonymous mapping, not torch's pinned allocator: that rounds up to a power of two, and small pages make
+        # pinning gigabytes take long.
+        self._memory = mmap.mmap(-1, max(1, num_host_pages * page_bytes))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        flat = torch.frombuffer(self._memory, dtype=torch.uint8)
+        if pinned:
+            weakref.finalize(self, _pin(flat), flat.data_ptr())
+        self.pages = flat[: num_host_pages * page_bytes].view(num_host_pages, page_bytes)
         self._rows = self.pages.numpy()
 
     def read(self, path: str, offset: int, host_pages: Sequence[int]) -> None:
@@ -21,3 +33,17 @@ class HostArena:
             for page in host_pages:
                 if file.readinto(self._rows[page]) < self._rows.shape[1]:
                     raise OSError(f"{path} ends before its last page")
+
+
+def _pin(memory: torch.Tensor) -> Callable[[int], object]:
+    """Let the GPU read this memory by itself. Returns what ends it, to be called with the address."""
+    cudart = torch.cuda.cudart()
+    assert cudart is not None
+    error = cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+    if int(error) != 0:
+        raise OutOfMemoryError(
+            f"{memory.numel() / 2**30:.1f} GiB of host memory for adapters cannot be pinned (CUDA error {int(error)}); "
+            "lower --host-fraction",
+            param="host_fraction",
+        )
+    return cudart.cudaHostUnregister

@@ -7,6 +7,9 @@ from typing import Protocol
 
 import torch
 
+from manylora.kernels.lora_work import LoRAWork
+from manylora.lora.page_layout import SITES, SLICE_ROWS, PoolGeometry
+
 
 class Collectives(Protocol):
     """What a delta needs of the tensor-parallel group (`tp_worker.distributed.TPGroup` is one)."""
@@ -25,14 +28,43 @@ class Collectives(Protocol):
 
 @dataclass(slots=True)
 class LoRABatch:
-    """Views of the plan's sections. The reference ops take them on the host, Triton kernels on the device.
+    """Views of the plan's sections: on the host for the reference ops, on the device with `work` for the kernels.
 
     segments: (num_segments, 4) int32: first token, end token, first entry in `slices`, number of slices. Tokens outside
         every segment have no adapter and cost nothing.
     slices: (num_slice_refs,) int32: rows of the slice table, in the order of the adapter's slices.
     max_slices: the most slices any segment has (≥ 1); a host integer.
+    work: what the kernels go through instead; None where the reference ops run.
     """
 
     segments: torch.Tensor
     slices: torch.Tensor
     max_slices: int
+    work: LoRAWork | None = None
+
+    @classmethod
+    def on_device(
+        cls,
+        segments: torch.Tensor,
+        slices: torch.Tensor,
+        max_slices: int,
+        num_tokens: int,
+        geometry: PoolGeometry,
+        lender: LoRABatch | None = None,
+    ) -> LoRABatch:
+        """A step of `num_tokens` tokens for the kernels. Call `prepare` before its first site.
+
+        For a captured graph the tensors are its static inputs, with room for any step it serves: segments that are all
+        zero are padding, and `max_slices` is a bound. `lender`: another, never in use at the same time, to share memory with.
+        """
+        columns = max(map(len, SITES)) * geometry.slice_width(SLICE_ROWS)
+        lent = lender.work if lender is not None else None
+        work = LoRAWork(segments, slices, max_slices, num_tokens, columns, lent)
+        return cls(segments, slices, max_slices, work)
+
+    def prepare(self) -> None:
+        """Make the kernels' work list of what the tensors hold now: once a step, inside the graph if there is one."""
+        if self.work is not None:
+            from manylora.kernels import lora_work_triton
+
+            lora_work_triton.list_work(self.work)

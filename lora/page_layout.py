@@ -28,7 +28,7 @@ from manylora.runtime.model_config import ModelConfig
 
 SLICE_ROWS = 16
 ROW_QUANTUM = 8
-PIECE_ALIGN = 64  # bytes
+PIECE_ALIGN = 128  # bytes; a multiple of 32 elements of any dtype, which the kernels rely on
 NUM_MODULES = 7
 Q, K, V, O, GATE, UP, DOWN = range(NUM_MODULES)  # noqa: E741  the projections' own names
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

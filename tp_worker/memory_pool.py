@@ -27,7 +27,7 @@ _CGROUP_V1_FILES = (
 
 
 class PagePool:
-    """`num_pages` pages of `geometry.page_bytes`, uninitialised.
+    """`num_pages` pages of `geometry.page_bytes`, uninitialised, and a dummy page behind them for writes nobody reads.
 
     elements: the whole buffer as one tensor of the model's dtype, where adapter weights are addressed.
     """
@@ -39,10 +39,10 @@ class PagePool:
             raise ValueError(f"the geometry is of {geometry.itemsize}-byte elements, {dtype} is not")
         self.geometry = geometry
         self.num_pages = num_pages
-        self.elements = torch.empty(
-            num_pages * geometry.page_bytes // geometry.itemsize, dtype=dtype, device=device
-        )
-        self._kv = self.elements.view(num_pages, -1)[:, : geometry.kv_bytes // geometry.itemsize]
+        self.dummy_page = num_pages
+        size = (num_pages + 1) * geometry.page_bytes // geometry.itemsize
+        self.elements = torch.empty(size, dtype=dtype, device=device)
+        self._kv = self.elements.view(num_pages + 1, -1)[:, : geometry.kv_bytes // geometry.itemsize]
 
     def kv_view(self) -> torch.Tensor:
         """Every page seen as KV: (page, layer, 2, kv_head, page_size, head_dim), strided, sharing the buffer."""

@@ -12,6 +12,7 @@ import torch
 
 from manylora.lora.lora_batch import LoRABatch
 from manylora.runtime.plan import ForwardBatch, ForwardOutput, section_bounds
+from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.logprobs import Logprobs, join_logprobs, raw_logprobs, select_logprobs
 from manylora.tp_worker.memory_pool import PagePool
 from manylora.tp_worker.sampler import draw_tokens
@@ -59,52 +60,86 @@ class ModelRunner:
         self._pool = pool
         self._kv_cache = pool.kv_view()
         self._state = state
+        state.page_table[state.dummy_slot] = pool.dummy_page
         self._page_size = pool.geometry.page_size
         self._prompt_chunk = max(1, PROMPT_LOGITS_BYTES // (4 * vocab_size))
         self._answers = tp_rank == 0
         device = pool.elements.device
         self._upload = Upload(device)
         self._download = Download(device)
+        self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def execute(self, plan: ForwardBatch) -> PendingOutput | None:
         """Launch one step. Returns its coming result on rank 0, None on the others."""
-        host, device = self._upload(plan.payload)
+        _, device = self._upload(plan.payload)
         bounds = section_bounds(plan.counts)
         sections = {name: _view(device, *bound) for name, bound in bounds.items()}
         self._state.apply(sections)
         if plan.count("copies"):
             self._pool.copy_pages(sections["copies"])
-        lora = None
-        if plan.max_slices:
-            segments, slices = _view(host, *bounds["segments"]), _view(host, *bounds["slices"])
-            lora = LoRABatch(segments, slices.squeeze(1), plan.max_slices)
-        inputs = self._step_inputs(plan, sections, _view(host, *bounds["rows"]), lora)
-        hidden = self._model.forward(inputs, self._kv_cache)
-        columns: dict[str, torch.Tensor] = {}
-        if plan.count("samples"):
-            columns |= self._sample(plan, sections, hidden)
-        if plan.count("prompt_lps"):
-            columns |= self._prompt_logprobs(plan, sections["prompt_lps"], hidden)
+        columns = self._decode(plan, sections) or self._forward(plan, sections)
         if not self._answers:
             return None
         columns.setdefault("tokens", device.new_empty(0, dtype=torch.int32))
         return PendingOutput(plan.step, self._download(columns))
 
+    def use_graphs(self, graphs: DecodeGraphs) -> None:
+        """Run decode steps by these graphs from now on, where they have one."""
+        self._graphs = graphs
+
+    def model_step(self, inputs: StepInputs) -> torch.Tensor:
+        """The forward over this runner's cache: what a graph captures."""
+        return self._model.forward(inputs, self._kv_cache)
+
+    def _decode(
+        self, plan: ForwardBatch, sections: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor] | None:
+        """A step of nothing but decode rows, by a graph; None if there is none for it."""
+        if self._graphs is None or plan.num_prefill_rows:
+            return None
+        result = self._graphs.run(plan.num_rows, plan.max_slices, sections)
+        if result is None:
+            return None
+        if plan.greedy and not plan.penalties and not plan.min_new and plan.num_top < 0:
+            return {"tokens": result.tokens[: plan.num_rows]}
+        return self._sample(plan, sections, result.logits[: plan.num_rows])
+
+    def _forward(self, plan: ForwardBatch, sections: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A step of any rows, operation by operation."""
+        inputs = self._step_inputs(plan, sections, self._lora_batch(plan, sections))
+        hidden = self.model_step(inputs)
+        columns: dict[str, torch.Tensor] = {}
+        if plan.count("samples"):
+            _, _, num_new, offsets = sections["rows"][sections["samples"][:, 0]].unbind(1)
+            columns |= self._sample(plan, sections, self._model.logits(hidden[offsets + num_new - 1]))
+        if plan.count("prompt_lps"):
+            columns |= self._prompt_logprobs(plan, sections["prompt_lps"], hidden)
+        return columns
+
+    def _lora_batch(self, plan: ForwardBatch, sections: dict[str, torch.Tensor]) -> LoRABatch | None:
+        if not plan.max_slices:
+            return None
+        segments, slices = sections["segments"], sections["slices"].squeeze(1)
+        if not segments.is_cuda:
+            return LoRABatch(segments, slices, plan.max_slices)
+        geometry = self._pool.geometry
+        batch = LoRABatch.on_device(segments, slices, plan.max_slices, plan.num_tokens, geometry)
+        batch.prepare()
+        return batch
+
     def _step_inputs(
         self,
         plan: ForwardBatch,
         sections: dict[str, torch.Tensor],
-        host_rows: torch.Tensor,
         lora: LoRABatch | None,
     ) -> StepInputs:
         slots, starts, num_new, offsets = sections["rows"].unbind(1)
         row_ids = torch.arange(plan.num_rows, device=slots.device)
         row = torch.repeat_interleave(row_ids, num_new, output_size=plan.num_tokens)
         positions = torch.arange(plan.num_tokens, device=slots.device) + (starts - offsets)[row]
-        num_pages = -(-plan.max_kv_len // self._page_size)
-        page_table = self._state.page_table[slots, :num_pages]
-        pages = page_table[row, positions // self._page_size]
+        page_table = self._state.page_table
+        pages = page_table[slots[row], positions // self._page_size]
         given = sections["tokens"].squeeze(1)
         return StepInputs(
             num_prefill_rows=plan.num_prefill_rows,
@@ -114,17 +149,18 @@ class ModelRunner:
             positions=positions,
             kv_slots=pages * self._page_size + positions % self._page_size,
             page_table=page_table,
+            rows=sections["rows"],
+            slots=slots,
             kv_lens=starts + num_new,
-            host_rows=host_rows,
             lora=lora,
         )
 
     def _sample(
-        self, plan: ForwardBatch, sections: dict[str, torch.Tensor], hidden: torch.Tensor
+        self, plan: ForwardBatch, sections: dict[str, torch.Tensor], logits: torch.Tensor
     ) -> dict[str, torch.Tensor]:
+        """Draw the plan's samples from their logits, which are overwritten."""
         row, positions = sections["samples"].unbind(1)
-        slots, _, num_new, offsets = sections["rows"][row].unbind(1)
-        logits = self._model.logits(hidden[offsets + num_new - 1])
+        slots = sections["rows"][row, 0]
         wanted = self._answers and plan.num_top >= 0
         logprobs = raw_logprobs(logits) if wanted else None  # before sampling overwrites the logits
         tokens, finite = draw_tokens(plan, logits, self._state, slots, positions)

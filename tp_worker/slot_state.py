@@ -30,7 +30,7 @@ _ENTRY_WIDTH = 16
 
 
 class SlotState:
-    """Rows for `num_slots` sequences of at most `max_pages` pages each.
+    """Rows for `num_slots` sequences of at most `max_pages` pages each, and a dummy one for rows that only fill a graph.
 
     page_table: (num_slots, max_pages) int64; entries a sequence has not reached hold some valid page.
     stop_ids: (num_slots, MAX_STOP_TOKEN_IDS) int64, -1 for none.
@@ -39,6 +39,8 @@ class SlotState:
     """
 
     def __init__(self, num_slots: int, max_pages: int, vocab_size: int, device: torch.device) -> None:
+        self.dummy_slot = num_slots
+        num_slots += 1
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int64, device=device)
         self.stop_ids = torch.full((num_slots, MAX_STOP_TOKEN_IDS), -1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)

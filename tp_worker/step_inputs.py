@@ -13,8 +13,6 @@ from manylora.lora.lora_batch import LoRABatch
 class StepInputs:
     """T tokens in R rows; the first `num_prefill_rows` rows hold the first `num_prefill_tokens` tokens, every later row
     exactly one token.
-
-    `host_rows` is the plan's `rows` section on the host, for reference ops that loop over prefill rows.
     """
 
     num_prefill_rows: int
@@ -23,7 +21,8 @@ class StepInputs:
     token_ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64
     kv_slots: torch.Tensor  # (T,) int64: page · page_size + offset in page, where the token's K and V go
-    page_table: torch.Tensor  # (R, pages) int64: the row's pages in order; past its length any valid page
+    page_table: torch.Tensor  # (slots, pages) int64: a slot's pages in order; past its length any valid page
+    rows: torch.Tensor  # (R, 4) of integers: slot, start, num_new, token_offset
+    slots: torch.Tensor  # (R,) int64: the rows' slots
     kv_lens: torch.Tensor  # (R,) int64: tokens the row attends to at its end (start + num_new)
-    host_rows: torch.Tensor  # (R, 4) int32 on the CPU: slot, start, num_new, token_offset
     lora: LoRABatch | None

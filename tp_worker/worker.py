@@ -47,6 +47,7 @@ from manylora.runtime.messages import (
 )
 from manylora.runtime.model_config import load_model_config
 from manylora.runtime.plan import ForwardBatch
+from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.distributed import init_tp_group
 from manylora.tp_worker.memory_pool import PagePool, num_host_pages_that_fit, num_pages_that_fit
 from manylora.tp_worker.model_runner import ModelRunner, PendingOutput
@@ -101,6 +102,18 @@ class Worker:
             weights = WeightPool(geometry, pool.elements, num_slices, arena)
             attach_deltas(model, weights, self._group, config.lora.sharding)
             self._adapters = Adapters(weights, tp_rank)
+        if device.type == "cuda" and config.schedule.cuda_graph_max_bs > 0:
+            graphs = DecodeGraphs(
+                self._runner.model_step,
+                model.logits,
+                state,
+                geometry,
+                max_rows=min(config.schedule.cuda_graph_max_bs, config.schedule.max_running_requests),
+                exchanges_planes=tp_size > 1 and config.lora.sharding == "slora",
+                lora=config.lora.enable_lora,
+            )
+            graphs.capture(show_progress=tp_rank == 0)
+            self._runner.use_graphs(graphs)
         self.ready = WorkerReady(
             tp_rank, pool.num_pages, num_host_pages, num_slices, device.type, config.model.dtype
         )

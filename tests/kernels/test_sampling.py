@@ -139,7 +139,7 @@ def test_each_token_owns_the_half_open_interval_of_its_mass() -> None:
 
 def test_extreme_uniforms_stay_inside_what_is_kept() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf, -torch.inf]]).repeat(2, 1)
-    assert _sample(logits, torch.tensor([0.0, 1 - 2.0**-24])) == [2, 0]
+    assert _sample(logits, torch.tensor([0.0, 1 - 2.0**-24])) == [0, 2]
 
 
 def test_penalties_match_their_definition() -> None:

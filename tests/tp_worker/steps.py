@@ -55,8 +55,11 @@ class SameAgain:
     def __init__(self, layer: LoRALayer) -> None:
         self.weight = layer.weight
 
-    def apply(self, x: Tensor, y: Tensor, batch: LoRABatch) -> None:
-        y += F.linear(x, self.weight)
+    def begin(self, x: Tensor, batch: LoRABatch) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def finish(self, begun: Tensor, y: Tensor, batch: LoRABatch) -> None:
+        y += begun
 
 
 def double_every_projection(decoder: Decoder) -> LoRABatch:
@@ -104,8 +107,8 @@ def _step_inputs(
         rows.append((sequence, start, num_new, len(tokens)))
         tokens += ids[sequence][start : start + num_new]
         positions += range(start, start + num_new)
-    host_rows = torch.tensor(rows, dtype=torch.int32)
-    slots, starts, num_new_of = host_rows[:, 0].long(), host_rows[:, 1].long(), host_rows[:, 2].long()
+    row_table = torch.tensor(rows)
+    slots, starts, num_new_of, _ = row_table.unbind(1)
     kv_lens = starts + num_new_of
     position = torch.tensor(positions)
     pages = page_table[slots.repeat_interleave(num_new_of), position // PAGE_SIZE]
@@ -117,8 +120,9 @@ def _step_inputs(
         token_ids=torch.tensor(tokens, device=device),
         positions=position.to(device),
         kv_slots=(pages * PAGE_SIZE + position % PAGE_SIZE).to(device),
-        page_table=page_table[slots].to(device),
+        page_table=page_table.to(device),
+        rows=row_table.to(device),
+        slots=slots.to(device),
         kv_lens=kv_lens.to(device),
-        host_rows=host_rows,
         lora=lora,
     )

@@ -51,7 +51,7 @@ def test_kv_lies_at_the_start_of_each_page_and_aliases_the_elements() -> None:
     pool = PagePool(shape, 3, torch.float32, CPU)
     pool.elements.copy_(torch.arange(len(pool.elements)))
     kv = pool.kv_view()
-    assert kv.shape == (3, 2, 2, 2, 4, 16)
+    assert kv.shape == (4, 2, 2, 2, 4, 16)  # the dummy page is the last
     per_page = shape.page_bytes // 4
     assert kv[1].flatten().tolist() == list(range(per_page, per_page + shape.kv_bytes // 4))
     kv[2, 1, 1, 1, 3, 15] = -5
@@ -66,9 +66,9 @@ def test_a_geometry_of_another_element_size_is_a_bug() -> None:
 def test_copy_pages_moves_kv_and_only_kv() -> None:
     pool = PagePool(geometry(), 4, torch.float32, CPU)
     pool.elements.copy_(torch.arange(len(pool.elements)))
-    before = pool.elements.clone().view(4, -1)
+    before = pool.elements.clone().view(5, -1)
     pool.copy_pages(torch.tensor([[0, 3], [2, 1]]))
-    after = pool.elements.view(4, -1)
+    after = pool.elements.view(5, -1)
     kv = geometry().kv_bytes // 4
     assert torch.equal(after[3, :kv], before[0, :kv])
     assert torch.equal(after[1, :kv], before[2, :kv])

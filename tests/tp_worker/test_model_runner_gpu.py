@@ -64,6 +64,7 @@ def test_the_device_draws_what_the_cpu_draws(model_dir: Path) -> None:
     assert [greedy for greedy, _ in on_device] == reference
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.usefixtures("no_waiting")
 def test_a_step_never_waits_for_the_device(model_dir: Path) -> None:
     torch.cuda.set_sync_debug_mode("default")

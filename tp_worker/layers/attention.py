@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manylora.kernels.kv_store import kv_store
 from manylora.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
-from manylora.kernels.rotary import rotary_embedding
+from manylora.kernels.rope_and_store import rope_and_store
 from manylora.runtime.model_config import ModelConfig
 from manylora.tp_worker.distributed import TPGroup
 from manylora.tp_worker.layers.linear import ColumnParallelLinear, Part, RowParallelLinear, even_part
@@ -48,8 +47,7 @@ class Attention:
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        rotary_embedding(q, k, self.cos_sin, inputs.positions)
-        kv_store(k, v, kv_cache, inputs.kv_slots)
+        rope_and_store(q, k, v, self.cos_sin, inputs.positions, kv_cache, inputs.kv_slots)
         attended = self._attend(q, inputs, kv_cache)
         return self.o_proj(attended.view(len(x), -1), inputs.lora)
 
@@ -60,8 +58,8 @@ class Attention:
             paged_prefill_attention(
                 q[:tokens],
                 kv_cache,
-                inputs.page_table[:rows],
-                inputs.host_rows[:rows],
+                inputs.page_table,
+                inputs.rows[:rows],
                 self.scale,
                 out[:tokens],
             )
@@ -69,7 +67,8 @@ class Attention:
             paged_decode_attention(
                 q[tokens:],
                 kv_cache,
-                inputs.page_table[rows:],
+                inputs.page_table,
+                inputs.slots[rows:],
                 inputs.kv_lens[rows:],
                 inputs.max_kv_len,
                 self.scale,

@@ -21,9 +21,25 @@ from manylora.tp_worker.layers.shard import Shard, Shards
 class Delta(Protocol):
     """What adapters add to a layer (`lora/delta.py` has the one we use)."""
 
-    def apply(self, x: Tensor, y: Tensor, batch: LoRABatch) -> None:
-        """y += the delta of x, in place. x (T, in_local), y (T, out_local): the base product of this rank."""
+    def begin(self, x: Tensor, batch: LoRABatch) -> Tensor:
+        """Start on x (T, in_local) what needs no base product, perhaps beside it. Returns what `finish` takes."""
         ...
+
+    def finish(self, begun: Tensor, y: Tensor, batch: LoRABatch) -> None:
+        """y += the delta of x, in place. y (T, out_local): the base product of this rank."""
+        ...
+
+
+def linear_with_delta(
+    x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, batch: LoRABatch | None
+) -> Tensor:
+    """x·weightᵀ + bias, plus the delta if the layer has one and the step any adapters."""
+    if delta is None or batch is None:
+        return F.linear(x, weight, bias)
+    begun = delta.begin(x, batch)
+    y = F.linear(x, weight, bias)
+    delta.finish(begun, y, batch)
+    return y
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +75,7 @@ class ColumnParallelLinear:
 
     def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
         """(T, in_features) -> (T, out_local)."""
-        y = F.linear(x, self.weight, self.bias)
-        if self.lora is not None and batch is not None:
-            self.lora.apply(x, y, batch)
-        return y
+        return linear_with_delta(x, self.weight, self.bias, self.lora, batch)
 
     def shards(self, prefix: str) -> Shards:
         sizes = [part.size for part in self.parts]
@@ -99,9 +112,7 @@ class RowParallelLinear:
 
     def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
         """(T, in_local) -> (T, out_features), the same on every rank."""
-        y = F.linear(x, self.weight)
-        if self.lora is not None and batch is not None:
-            self.lora.apply(x, y, batch)
+        y = linear_with_delta(x, self.weight, None, self.lora, batch)
         self.group.all_reduce(y)
         if self.bias is not None:
             y += self.bias

@@ -1,0 +1,84 @@
+"""What the two attention kernels share: rows found by their blocks of work, and one step of online softmax over a tile
+of a paged KV cache.
+
+Scores are kept in units of log2: `scale` of the kernels is the model's times log2(e), so that exponentials are exp2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+MASKED, UNMASKED = tl.constexpr(True), tl.constexpr(False)
+
+
+def row_tile(num_rows: int) -> int:
+    """The size of the tile that holds all rows' lengths: few different ones, because each is a compilation."""
+    return 32 if num_rows <= 32 else max(256, triton.next_power_of_2(num_rows))
+
+
+@triton.jit
+def find_row(ends, work):
+    """The row that piece `work` belongs to, and the first piece of that row, where row i's pieces end at ends[i]."""
+    row = tl.sum(tl.where(ends <= work, 1, 0), 0)
+    first = tl.max(tl.where(ends <= work, ends, 0), 0)
+    return row, first
+
+
+@triton.jit
+def attend_tile(
+    q,
+    acc,
+    row_max,
+    row_sum,
+    positions,
+    visible,
+    kv_end,
+    scale,
+    pages,
+    kv_cache,
+    page_stride,
+    v_offset,
+    slot_stride,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Take the keys at `positions` (N,) of one row into the softmax of q (M, BLOCK_D).
+
+    acc (M, BLOCK_D), row_max and row_sum (M,) float32 are the softmax so far, returned as they are afterwards.
+    pages: pointer to the row's page table; kv_cache: pointer to the KV head's part of page 0. If MASKED, query i sees
+    positions up to visible[i], and those from kv_end on are not read; else every position is seen by all.
+    """
+    in_row = positions < kv_end
+    if MASKED:
+        page = tl.load(pages + positions // PAGE_SIZE, mask=in_row, other=0)
+    else:
+        page = tl.load(pages + positions // PAGE_SIZE)
+    dims = tl.arange(0, BLOCK_D)
+    at = kv_cache + page * page_stride + positions % PAGE_SIZE * slot_stride
+    at = at[:, None] + dims[None, :]
+    k = _load_tile(at, in_row, dims, HEAD_DIM, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where(positions[None, :] <= visible[:, None], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    v = _load_tile(at + v_offset, in_row, dims, HEAD_DIM, BLOCK_D, MASKED)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def _load_tile(at, in_row, dims, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """(N, BLOCK_D) of K or V, zero where it does not exist: 0 · NaN would be NaN."""
+    if MASKED:
+        return tl.load(at, mask=in_row[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(at)

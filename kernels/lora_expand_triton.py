@@ -1,0 +1,240 @@
+"""The Triton version of `lora_expand`: one launch for all modules of a site, each element of y read and written once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from manylora.kernels.lora_work import Launch, LoRAWork, num_programs
+
+_MAX_MODULES = 3
+_DECODE, _PREFILL = Launch(4, 128, 4, 4), Launch(2, 128, 8, 3)
+
+
+def lora_expand(
+    planes: torch.Tensor,
+    pages: torch.Tensor,
+    offsets: torch.Tensor,
+    widths: torch.Tensor,
+    scalings: torch.Tensor,
+    work: LoRAWork,
+    y: torch.Tensor,
+    out_sizes: tuple[int, ...],
+    launch: Launch | None = None,
+) -> None:
+    """As `kernels.lora_expand`, but for what follows.
+
+    `work` is listed, and stands for segments and slices. planes: (parts, chunks, slices, T, modules · plane width), to
+    be summed over `chunks`. scaling · plane is rounded to y's dtype before the product with Bᵀ. Every offset is a
+    multiple of 32.
+    """
+    parts, chunks, _, _, columns = planes.shape
+    modules = len(out_sizes)
+    plane_width = columns // modules
+    launch = launch or (_DECODE if work.decode else _PREFILL)
+    blocks = [triton.cdiv(size, launch.block) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
+    sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
+    grid = min(work.max_tiles * sum(blocks), num_programs(y.device, launch.programs))
+    if not grid:
+        return
+    meta: dict[str, Any] = {
+        "PARTS": parts,
+        "CHUNKS": chunks,
+        # With a number of ranks that does not divide 16, widths are multiples of that number alone.
+        "QUANTUM": 8 if plane_width * parts % 16 == 0 else 1,
+        "TILE_TOKENS": work.tile_tokens,
+        "BLOCK_N": launch.block,
+        "BLOCK_R": max(16, triton.next_power_of_2(plane_width * parts)),
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+    _lora_expand[(grid,)](
+        planes,
+        planes.stride(0),
+        planes.stride(1),
+        planes.stride(2),
+        pages,
+        offsets,
+        offsets.stride(0),
+        offsets.stride(1),
+        widths,
+        widths.stride(0),
+        widths.stride(1),
+        scalings,
+        scalings.stride(0),
+        scalings.stride(1),
+        work.tiles,
+        work.counts,
+        work.slices,
+        y,
+        y.stride(0),
+        sizes[0],
+        sizes[1],
+        sizes[2],
+        blocks[0],
+        blocks[1],
+        blocks[2],
+        columns,
+        plane_width,
+        **meta,
+    )
+
+
+@triton.jit
+def _scaled_plane(
+    plane,
+    part_stride,
+    chunk_stride,
+    token,
+    in_tile,
+    width,
+    scaling,
+    columns,
+    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """scaling · x·Aᵀ of one slice for the tile's tokens, (TILE_TOKENS, BLOCK_R) float32: the sum over chunks of what
+    the parts hold side by side. plane: pointer to the slice's and module's column of token 0."""
+    rank = tl.arange(0, BLOCK_R)
+    column = rank.to(tl.int64)
+    if PARTS > 1:
+        rows_each = tl.maximum(width // PARTS, 1)
+        column = (rank // rows_each).to(tl.int64) * part_stride + rank % rows_each
+    at = plane + token[:, None] * columns + column[None, :]
+    known = in_tile[:, None] & (rank < width)[None, :]
+    hidden = tl.load(at, mask=known, other=0.0)
+    for chunk in tl.static_range(1, CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+        hidden += tl.load(at + chunk * tl.cast(chunk_stride, tl.int64), mask=known, other=0.0)
+    return hidden * scaling
+
+
+@triton.jit
+def _load_b(pages, offset, width, output, size, BLOCK_R: tl.constexpr):
+    """Rows `output` of a B piece (size, width), transposed: (BLOCK_R, BLOCK_N), zero outside of it."""
+    rank = tl.arange(0, BLOCK_R)
+    at = offset + output[:, None] * width + rank[None, :]
+    return tl.trans(tl.load(pages + at, mask=(output < size)[:, None] & (rank < width)[None, :], other=0.0))
+
+
+@triton.jit
+def _add_to(y, y_stride, acc, token, in_tile, output, size):
+    at = y + token[:, None] * y_stride + output[None, :]
+    known = in_tile[:, None] & (output < size)[None, :]
+    total = tl.load(at, mask=known, other=0.0).to(tl.float32) + acc
+    tl.store(at, total.to(y.dtype.element_ty), mask=known)
+
+
+@triton.jit(
+    do_not_specialize=["part_stride", "chunk_stride", "plane_stride", "blocks_0", "blocks_1", "blocks_2"]
+)
+def _lora_expand(
+    planes,
+    part_stride,
+    chunk_stride,
+    plane_stride,
+    pages,
+    offsets,
+    offsets_row,
+    offsets_module,
+    widths,
+    widths_row,
+    widths_module,
+    scalings,
+    scalings_row,
+    scalings_module,
+    tiles,
+    counts,
+    slices,
+    y,
+    y_stride,
+    size_0,
+    size_1,
+    size_2,
+    blocks_0,
+    blocks_1,
+    blocks_2,
+    columns,
+    plane_width,
+    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    QUANTUM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """All tiles' blocks of BLOCK_N outputs, one after another, are dealt out to the programs in equal contiguous runs.
+
+    Within a run the blocks of one tile and module share what was read of the slice table and, as long as the adapter
+    has one slice, its plane.
+    """
+    num_blocks = blocks_0 + blocks_1 + blocks_2
+    total = tl.load(counts) * num_blocks
+    each = tl.cdiv(total, tl.num_programs(0))
+    unit = tl.program_id(0) * each
+    end = tl.minimum(unit + each, total)
+    while unit < end:
+        tile = tiles + unit // num_blocks * 4
+        first, tokens = tl.load(tile), tl.load(tile + 1)
+        entry, count = tl.load(tile + 2), tl.load(tile + 3)
+        token = tl.arange(0, TILE_TOKENS)
+        in_tile = token < tokens
+        token = (first + token).to(tl.int64)
+
+        block = unit % num_blocks
+        past_0 = (block >= blocks_0).to(tl.int32)
+        past_1 = (block >= blocks_0 + blocks_1).to(tl.int32)
+        module = past_0 + past_1
+        size = size_0 + past_0 * (size_1 - size_0) + past_1 * (size_2 - size_1)
+        blocks = blocks_0 + past_0 * blocks_1 + past_1 * blocks_2  # of this module and those before it
+        y_module = y + past_0 * size_0 + past_1 * size_1
+        block_end = tl.minimum(blocks, block + end - unit)
+        unit += block_end - block
+        first_block = past_0 * blocks_0 + past_1 * blocks_1
+        planes_module = planes + module * plane_width
+        offsets_at = offsets + module * offsets_module
+        widths_at = widths + module * widths_module
+        scalings_at = scalings + module * scalings_module
+
+        if count == 1:
+            slice_row = tl.load(slices + entry).to(tl.int64)
+            offset = tl.multiple_of(tl.load(offsets_at + slice_row * offsets_row), 32)
+            if offset >= 0:
+                width = tl.multiple_of(tl.load(widths_at + slice_row * widths_row), QUANTUM)
+                scaling = tl.load(scalings_at + slice_row * scalings_row)
+                hidden = _scaled_plane(
+                    planes_module, part_stride, chunk_stride, token, in_tile, width, scaling,
+                    columns, PARTS, CHUNKS, BLOCK_R,
+                ).to(pages.dtype.element_ty)  # fmt: skip
+                for index in range(block - first_block, block_end - first_block):
+                    output = index * BLOCK_N + tl.arange(0, BLOCK_N)
+                    lora_b = _load_b(pages, offset, width, output, size, BLOCK_R)
+                    acc = tl.dot(hidden, lora_b, input_precision="ieee")
+                    _add_to(y_module, y_stride, acc, token, in_tile, output, size)
+        else:
+            pieces = tl.zeros((), tl.int32)
+            for plane in range(count):
+                slice_row = tl.load(slices + entry + plane).to(tl.int64)
+                pieces += (tl.load(offsets_at + slice_row * offsets_row) >= 0).to(tl.int32)
+            if pieces > 0:
+                for index in range(block - first_block, block_end - first_block):
+                    output = index * BLOCK_N + tl.arange(0, BLOCK_N)
+                    acc = tl.zeros((TILE_TOKENS, BLOCK_N), tl.float32)
+                    for plane in range(count):
+                        slice_row = tl.load(slices + entry + plane).to(tl.int64)
+                        offset = tl.multiple_of(tl.load(offsets_at + slice_row * offsets_row), 32)
+                        width = tl.load(widths_at + slice_row * widths_row)
+                        width = tl.multiple_of(tl.where(offset >= 0, width, 0), QUANTUM)
+                        scaling = tl.load(scalings_at + slice_row * scalings_row)
+                        scaling = tl.where(offset >= 0, scaling, 0.0)
+                        hidden = _scaled_plane(
+                            planes_module + tl.cast(plane, tl.int64) * plane_stride,
+                            part_stride, chunk_stride, token, in_tile, width, scaling,
+                            columns, PARTS, CHUNKS, BLOCK_R,
+                        ).to(pages.dtype.element_ty)  # fmt: skip
+                        lora_b = _load_b(pages, offset, width, output, size, BLOCK_R)
+                        acc = tl.dot(hidden, lora_b, acc, input_precision="ieee")
+                    _add_to(y_module, y_stride, acc, token, in_tile, output, size)

@@ -1,0 +1,131 @@
+"""The Triton version of `lora_shrink`: one launch for all modules of a site, over a work list in device memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from manylora.kernels.lora_work import Launch, LoRAWork, num_programs
+
+_DECODE, _PREFILL = Launch(3, 128, 4, 4), Launch(2, 128, 4, 3)
+
+
+def lora_shrink(
+    x: torch.Tensor,
+    pages: torch.Tensor,
+    offsets: torch.Tensor,
+    widths: torch.Tensor,
+    work: LoRAWork,
+    planes: torch.Tensor,
+    split: int,
+    launch: Launch | None = None,
+) -> None:
+    """As `kernels.lora_shrink`, but for what follows.
+
+    `work` is listed, and stands for segments and slices. planes: (chunks, slices, T, modules · plane width): each plane
+    is the sum over `chunks`, every one of which covers a part of x's columns. Every offset is a multiple of 32.
+    """
+    num_chunks, _, num_tokens, columns = planes.shape
+    features, modules = x.shape[1], offsets.shape[1]
+    launch = launch or (_DECODE if work.decode else _PREFILL)
+    block_k = min(launch.block, max(16, triton.next_power_of_2(features)))
+    grid = min(work.max_items * num_chunks, num_programs(x.device, launch.programs))
+    if not grid:
+        return
+    meta: dict[str, Any] = {
+        "FEATURES": features,
+        "MODULES": modules,
+        "PLANE_WIDTH": columns // modules,
+        "SPLIT": split,
+        "CHUNKS": num_chunks,
+        "CHUNK": triton.cdiv(triton.cdiv(features, num_chunks), block_k) * block_k,
+        "TILE_TOKENS": work.tile_tokens,
+        "BLOCK_N": max(16, triton.next_power_of_2(columns)),
+        "BLOCK_K": block_k,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+    _lora_shrink[(grid,)](
+        x,
+        x.stride(0),
+        pages,
+        offsets,
+        offsets.stride(0),
+        offsets.stride(1),
+        widths,
+        widths.stride(0),
+        widths.stride(1),
+        work.items,
+        work.counts,
+        planes,
+        num_tokens,
+        planes.stride(0),
+        planes.stride(1),
+        **meta,
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunk_stride", "plane_stride"])
+def _lora_shrink(
+    x,
+    x_stride,
+    pages,
+    offsets,
+    offsets_row,
+    offsets_module,
+    widths,
+    widths_row,
+    widths_module,
+    items,
+    counts,
+    planes,
+    num_tokens,
+    chunk_stride,
+    plane_stride,
+    FEATURES: tl.constexpr,
+    MODULES: tl.constexpr,
+    PLANE_WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A unit of work is one chunk of one item: a (TILE_TOKENS, BLOCK_N) block of one plane, all modules side by side."""
+    column = tl.arange(0, BLOCK_N)
+    module, row = column // PLANE_WIDTH, column % PLANE_WIDTH
+    in_plane = module < MODULES
+    for unit in range(tl.program_id(0), tl.load(counts + 1) * CHUNKS, tl.num_programs(0)):
+        item = items + unit // CHUNKS * 4
+        chunk = tl.cast(unit, tl.int32) % CHUNKS
+        first, tokens = tl.load(item), tl.load(item + 1)
+        slice_row, plane = tl.load(item + 2).to(tl.int64), tl.load(item + 3).to(tl.int64)
+
+        offset = tl.load(offsets + slice_row * offsets_row + module * offsets_module, mask=in_plane, other=-1)
+        width = tl.load(widths + slice_row * widths_row + module * widths_module, mask=in_plane, other=0)
+        stored = (offset >= 0) & (row < width // SPLIT)
+        lora_a = pages + tl.multiple_of(offset, 32) + row * FEATURES
+        token = tl.arange(0, TILE_TOKENS)
+        in_tile = token < tokens
+        token = (first + token).to(tl.int64)
+        rows_x = x + token * x_stride
+
+        acc = tl.zeros((TILE_TOKENS, BLOCK_N), tl.float32)
+        for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, FEATURES), BLOCK_K):
+            feature = start + tl.arange(0, BLOCK_K)
+            known = feature < FEATURES
+            block_x = tl.load(
+                rows_x[:, None] + feature[None, :], mask=in_tile[:, None] & known[None, :], other=0.0
+            )
+            block_a = tl.load(
+                lora_a[:, None] + feature[None, :], mask=stored[:, None] & known[None, :], other=0.0
+            )
+            acc = tl.dot(block_x, tl.trans(block_a), acc, input_precision="ieee")
+
+        target = planes + tl.cast(chunk, tl.int64) * chunk_stride + plane * plane_stride
+        target += token[:, None] * (MODULES * PLANE_WIDTH) + column[None, :]
+        tl.store(target, acc, mask=in_tile[:, None] & stored[None, :])

@@ -1,0 +1,97 @@
+"""The work list of a step's LoRA kernels, made on the device: every site of every layer goes through the same list.
+
+A kernel's grid depends on host integers alone; how much of it has work is read from the list. So one captured graph
+serves any mix of adapters, ranks and tokens without an adapter.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+DECODE_TOKENS = 256  # up to here a step counts as decode: adapters are many, their tokens few
+DECODE_TILE, PREFILL_TILE = 16, 64
+_DECODE_CHUNKS, _PREFILL_CHUNKS = 8, 4
+_MIN_CHUNK = 128  # input features
+_FULL_TILES = 64  # with as many prefill tiles a GPU is full without chunks
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched: what is measured, not derived."""
+
+    programs: int  # for every multiprocessor
+    block: int  # input features of a shrink's step, outputs of an expand's
+    num_warps: int
+    num_stages: int
+
+
+class LoRAWork:
+    """Buffers of one step, or of every step of one captured graph; `list_work` fills them.
+
+    segments: (num_segments, 4) and slices: (num_slice_refs,), any integer type, on the device: see `LoRABatch`. Segments
+        that are all zero are padding.
+    max_slices: the most slices any segment has.
+    num_tokens: rows of the activations.
+    plane_columns: the most columns of a plane that any site needs.
+    lender: an older one, never in use at the same time, whose memory for planes is used if it is large enough.
+
+    tiles: (max_tiles, 4) int32: first token, tokens (≤ tile_tokens), first entry in `slices`, number of slices.
+    items: (max_items, 4) int32: first token, tokens, row of the slice table, plane: one for each slice of each tile.
+    counts: (2,) int32: how many tiles and items there are.
+    """
+
+    def __init__(
+        self,
+        segments: torch.Tensor,
+        slices: torch.Tensor,
+        max_slices: int,
+        num_tokens: int,
+        plane_columns: int,
+        lender: LoRAWork | None = None,
+    ) -> None:
+        device = segments.device
+        self.segments = segments
+        self.slices = slices
+        self.max_slices = max_slices
+        self.num_tokens = num_tokens
+        self.decode = num_tokens <= DECODE_TOKENS
+        self.tile_tokens = DECODE_TILE if self.decode else PREFILL_TILE
+        self.max_tiles = min(num_tokens, num_tokens // self.tile_tokens + len(segments))
+        self.max_items = self.max_tiles * max_slices
+        self.tiles = torch.empty((self.max_tiles, 4), dtype=torch.int32, device=device)
+        self.items = torch.empty((self.max_items, 4), dtype=torch.int32, device=device)
+        self.counts = torch.empty(2, dtype=torch.int32, device=device)
+        self._plane_elements = max_slices * num_tokens * plane_columns
+        size = self._num_chunks() * self._plane_elements
+        if lender is not None and lender._planes.numel() >= size:
+            self._planes = lender._planes
+        else:
+            self._planes = torch.empty(size, dtype=torch.float32, device=device)
+
+    def planes(self, features: int, columns: int) -> torch.Tensor:
+        """Where a shrink of `features` inputs writes: (chunks, max_slices, num_tokens, columns) float32.
+
+        The same memory for every site: it is used up before the next site's shrink.
+        """
+        shape = (self._num_chunks(features), self.max_slices, self.num_tokens, columns)
+        return self._planes[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
+
+    def _num_chunks(self, features: int = _DECODE_CHUNKS * _MIN_CHUNK) -> int:
+        """Into how many chunks of its input features a shrink is split, so that enough programs have work.
+
+        Few different numbers, because each is a compilation of both kernels.
+        """
+        if not self.decode and self.num_tokens >= _FULL_TILES * self.tile_tokens:
+            return 1
+        most = _DECODE_CHUNKS if self.decode else _PREFILL_CHUNKS
+        return 1 << max(1, min(most, features // _MIN_CHUNK)).bit_length() - 1
+
+
+@cache
+def num_programs(device: torch.device, each: int) -> int:
+    """`each` programs for every multiprocessor; a few where an interpreter runs them."""
+    if device.type != "cuda":
+        return 5
+    return each * torch.cuda.get_device_properties(device).multi_processor_count

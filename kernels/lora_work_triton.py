@@ -1,0 +1,104 @@
+"""The kernel that makes the work list of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from manylora.kernels.lora_work import LoRAWork
+
+_BLOCK = 16
+_BLOCK_SEGMENTS = 256
+
+
+def list_work(work: LoRAWork) -> None:
+    """Fill `tiles`, `items` and `counts`. Tiles lie in the order of their segments, items in that of their tiles."""
+    meta: dict[str, Any] = {
+        "TILE_TOKENS": work.tile_tokens,
+        "BLOCK": _BLOCK,
+        "BLOCK_SEGMENTS": _BLOCK_SEGMENTS,
+    }
+    _list_work[(triton.cdiv(max(work.max_items, 1), _BLOCK),)](
+        work.segments,
+        work.slices,
+        work.tiles,
+        work.items,
+        work.counts,
+        len(work.segments),
+        **meta,
+    )
+
+
+@triton.jit
+def _find_segment(sizes, index, segment, start, total):
+    """Take further segments of `sizes` entries into the search for the segment that each `index` falls into.
+
+    segment, start (BLOCK,): how many segments end at or before `index`, and where the last of them ends; `total`:
+    entries of all segments so far.
+    """
+    ends = total + tl.cumsum(sizes, 0)
+    before = ends[None, :] <= index[:, None]
+    segment += tl.sum(before.to(tl.int32), 1)
+    start = tl.maximum(start, tl.max(tl.where(before, ends[None, :], 0), 1))
+    return segment, start, total + tl.sum(sizes, 0)
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def _list_work(
+    segments,
+    slices,
+    tiles,
+    items,
+    counts,
+    num_segments,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SEGMENTS: tl.constexpr,
+):
+    """Every program finds the segments of its own BLOCK tiles and BLOCK items."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile_segment = tl.zeros((BLOCK,), tl.int32)
+    tile_start = tl.zeros((BLOCK,), tl.int32)
+    item_segment = tl.zeros((BLOCK,), tl.int32)
+    item_start = tl.zeros((BLOCK,), tl.int32)
+    num_tiles = tl.zeros((), tl.int32)
+    num_items = tl.zeros((), tl.int32)
+    for first_segment in range(0, num_segments, BLOCK_SEGMENTS):
+        segment = first_segment + tl.arange(0, BLOCK_SEGMENTS)
+        known = segment < num_segments
+        first = tl.load(segments + segment * 4, mask=known, other=0).to(tl.int32)
+        end = tl.load(segments + segment * 4 + 1, mask=known, other=0).to(tl.int32)
+        count = tl.load(segments + segment * 4 + 3, mask=known, other=0).to(tl.int32)
+        sizes = (end - first + TILE_TOKENS - 1) // TILE_TOKENS
+        tile_segment, tile_start, num_tiles = _find_segment(sizes, index, tile_segment, tile_start, num_tiles)
+        item_segment, item_start, num_items = _find_segment(
+            sizes * count, index, item_segment, item_start, num_items
+        )
+    if tl.program_id(0) == 0:
+        tl.store(counts, num_tiles)
+        tl.store(counts + 1, num_items)
+
+    is_tile = index < num_tiles
+    first = tl.load(segments + tile_segment * 4, mask=is_tile, other=0).to(tl.int32)
+    end = tl.load(segments + tile_segment * 4 + 1, mask=is_tile, other=0).to(tl.int32)
+    entry = tl.load(segments + tile_segment * 4 + 2, mask=is_tile, other=0).to(tl.int32)
+    count = tl.load(segments + tile_segment * 4 + 3, mask=is_tile, other=0).to(tl.int32)
+    first += (index - tile_start) * TILE_TOKENS
+    tl.store(tiles + index * 4, first, mask=is_tile)
+    tl.store(tiles + index * 4 + 1, tl.minimum(end - first, TILE_TOKENS), mask=is_tile)
+    tl.store(tiles + index * 4 + 2, entry, mask=is_tile)
+    tl.store(tiles + index * 4 + 3, count, mask=is_tile)
+
+    is_item = index < num_items
+    first = tl.load(segments + item_segment * 4, mask=is_item, other=0).to(tl.int32)
+    end = tl.load(segments + item_segment * 4 + 1, mask=is_item, other=0).to(tl.int32)
+    entry = tl.load(segments + item_segment * 4 + 2, mask=is_item, other=0).to(tl.int32)
+    count = tl.load(segments + item_segment * 4 + 3, mask=is_item, other=1).to(tl.int32)
+    plane = (index - item_start) % count
+    first += (index - item_start) // count * TILE_TOKENS
+    tl.store(items + index * 4, first, mask=is_item)
+    tl.store(items + index * 4 + 1, tl.minimum(end - first, TILE_TOKENS), mask=is_item)
+    tl.store(items + index * 4 + 2, tl.load(slices + entry + plane, mask=is_item, other=0), mask=is_item)
+    tl.store(items + index * 4 + 3, plane, mask=is_item)

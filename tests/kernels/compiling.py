@@ -1,0 +1,59 @@
+"""Compiling kernels for Hopper on a machine without a GPU. The interpreter runs what the compiler refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+@contextmanager
+def compiled_for_hopper() -> Iterator[dict[str, Any]]:
+    """Instead of being launched, kernels are compiled as that launch would have it: name -> compiled kernel."""
+    compiled: dict[str, Any] = {}
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **constants: Any) -> None:
+        options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+        source = _source(kernel, dict(zip(kernel.arg_names, args, strict=False)), constants)
+        compiled[kernel.fn.__name__] = triton.compile(source, target=HOPPER, options=options)
+
+    with patch.object(JITFunction, "run", run):
+        yield compiled
+
+
+def _source(kernel: JITFunction[Any], arguments: dict[str, Any], constants: dict[str, Any]) -> ASTSource:
+    """With the specialisations of a launch: integers that are 1, and what 16 divides."""
+    signature: dict[str, str] = {}
+    values: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for param in kernel.params:
+        value = constants[param.name] if param.is_constexpr else arguments[param.name]
+        at, free = (param.num,), not param.do_not_specialize
+        if param.is_constexpr or (free and isinstance(value, int) and value == 1):
+            signature[param.name], values[at] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = POINTERS[value.dtype]
+            attributes[at] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[param.name] = "i32"
+            if free and value % 16 == 0:
+                attributes[at] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "fp32"
+    return ASTSource(kernel, signature, values, attributes)

@@ -1,0 +1,69 @@
+"""The kernels compile for Hopper, with loads of 16 bytes and tiles that fit its memory, as an H200 would launch them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from manylora.kernels import paged_decode_triton, paged_prefill_triton
+from manylora.kernels.activation_triton import silu_and_mul
+from manylora.kernels.rms_norm_triton import fused_add_rms_norm, rms_norm
+from manylora.kernels.rope_and_store_triton import rope_and_store
+from tests.kernels.compiling import compiled_for_hopper
+
+torch.set_num_threads(1)
+BF16 = torch.bfloat16
+SHARED_OF_AN_SM, RESERVED = 228 << 10, 1 << 10  # bytes; the second of every program
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
+SMS = 132
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, Any]:
+    q = torch.zeros(4, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=BF16)
+    q, k, v = q.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    cache = torch.zeros(2, 2, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM, dtype=BF16)[:, 1]
+    table, out = torch.zeros(4, 7, dtype=torch.int64), torch.zeros(4, HEADS, HEAD_DIM, dtype=BF16)
+    rows, ids = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    x, weight = torch.zeros(4, 4096, dtype=BF16), torch.zeros(4096, dtype=BF16)
+    decode = paged_decode_triton.Launch(3 * SMS, 64, 4, 5)
+    prefill = paged_prefill_triton.Launch(128, 64, 8, 5)
+    with compiled_for_hopper() as compiled:
+        paged_decode_triton.paged_decode_attention(q, cache, table, rows[:, 0], ids, 1.0, out, decode)
+        paged_prefill_triton.paged_prefill_attention(q, cache, table, rows, 1.0, out, prefill)
+        rope_and_store(q, k, v, torch.zeros(8, HEAD_DIM), ids, cache, ids)
+        rms_norm(x, weight, 1e-5)
+        fused_add_rms_norm(x, x.clone(), weight, 1e-5)
+        silu_and_mul(x)
+    return compiled
+
+
+def test_every_program_of_decode_has_its_place(kernels: dict[str, Any]) -> None:
+    assert 3 * (kernels["_decode"].metadata.shared + RESERVED) <= SHARED_OF_AN_SM
+
+
+# A tensor core of Hopper still reads the tile before the one at hand: one buffer more.
+@pytest.mark.parametrize(("name", "buffers"), [("_decode", 2), ("_prefill", 3)])
+def test_keys_and_values_are_copied_while_others_are_computed(
+    name: str, buffers: int, kernels: dict[str, Any]
+) -> None:
+    """The compiler's own pipeline; with fewer stages every copy would be waited for at once."""
+    assert f"memdesc<{buffers}x64x{HEAD_DIM}xbf16" in kernels[name].asm["ttgir"]
+    assert "cp.async.cg.shared.global" in kernels[name].asm["ptx"]
+    assert kernels[name].metadata.shared + RESERVED <= SHARED_OF_AN_SM
+
+
+def test_prefill_uses_the_tensor_cores_of_hopper(kernels: dict[str, Any]) -> None:
+    assert "wgmma.mma_async" in kernels["_prefill"].asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ["_rope_and_store", "_rms_norm", "_fused_add_rms_norm", "_silu_and_mul"])
+def test_pointwise_kernels_move_16_bytes_at_a_time(name: str, kernels: dict[str, Any]) -> None:
+    code = kernels[name].asm["ptx"]
+    assert "ld.global.v4.b32" in code
+    assert "st.global.v4.b32" in code
+    assert "ld.global.b16" not in code

@@ -1,0 +1,76 @@
+"""Norms, gate and rotary embedding on a CUDA device at real sizes against their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from manylora.kernels.activation import silu_and_mul, silu_and_mul_reference
+from manylora.kernels.rms_norm import (
+    fused_add_rms_norm,
+    fused_add_rms_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
+from manylora.kernels.rope_and_store import rope_and_store, rope_and_store_reference
+
+pytestmark = pytest.mark.gpu
+
+for_every_size = pytest.mark.parametrize("num_tokens", [0, 1, 77, 8192])
+in_both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@in_both_precisions
+@for_every_size
+@pytest.mark.parametrize("size", [128, 4096, 5000, 16384])
+def test_norms(size: int, num_tokens: int, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, num_tokens, size, device="cuda").to(dtype)
+    weight = torch.randn(size, device="cuda").to(dtype)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
+    total = residual.clone()
+    expected = fused_add_rms_norm_reference(x, total, weight, 1e-5)
+    torch.testing.assert_close(fused_add_rms_norm(x, residual, weight, 1e-5), expected)
+    assert torch.equal(residual, total)
+
+
+def test_norm_of_the_heads_of_a_fused_projection() -> None:
+    fused = torch.randn(300, 48, 128, device="cuda").bfloat16()
+    weight = torch.randn(128, device="cuda").bfloat16()
+    for heads in fused.split((32, 8, 8), dim=1):
+        torch.testing.assert_close(rms_norm(heads, weight, 1e-6), rms_norm_reference(heads, weight, 1e-6))
+
+
+@in_both_precisions
+@for_every_size
+@pytest.mark.parametrize("size", [14336, 6001])
+def test_silu_and_mul(size: int, num_tokens: int, dtype: torch.dtype) -> None:
+    x = torch.randn(num_tokens, 2 * size, device="cuda").to(dtype) * 4
+    torch.testing.assert_close(silu_and_mul(x), silu_and_mul_reference(x))
+
+
+@in_both_precisions
+@pytest.mark.parametrize("num_tokens", [1, 77, 8192])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 8, 128), (28, 4, 128), (14, 2, 64), (5, 1, 96)]
+)
+def test_rope_and_store(
+    heads: int, kv_heads: int, head_dim: int, num_tokens: int, dtype: torch.dtype
+) -> None:
+    page_size, num_positions = 16, 9000
+    num_pages = num_tokens // page_size + 3
+    angles = torch.rand(num_positions, head_dim // 2, device="cuda") * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    positions = torch.randint(num_positions, (num_tokens,), device="cuda")
+    kv_slots = torch.randperm(num_pages * page_size, device="cuda")[:num_tokens]
+    fused = torch.randn(num_tokens, heads + 2 * kv_heads, head_dim, device="cuda").to(dtype)
+    results = []
+    for op in (rope_and_store, rope_and_store_reference):
+        own = fused.clone()
+        pool = torch.full(
+            (num_pages, 2, 2, kv_heads, page_size, head_dim), torch.nan, dtype=dtype, device="cuda"
+        )
+        q, k, v = own.split((heads, kv_heads, kv_heads), dim=1)
+        op(q, k, v, cos_sin, positions, pool[:, 1], kv_slots)
+        results.append((q, v, pool))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)

@@ -1,0 +1,71 @@
+"""The benchmarks run: not how fast anything is, but that they measure the rows they are asked for and draw them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.server import REPOSITORY, environment_of_a_program
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def run_script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"scripts/{name}.py", *args],
+        cwd=REPOSITORY,
+        env=environment_of_a_program(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rows of bench_decode on the tiny model, and one that cannot be measured: its window is empty."""
+    path = tmp_path_factory.mktemp("bench") / "decode.jsonl"
+    tiny = ["--model-shape", "tiny", "--device", "cpu", "--runs", "1", "--json", str(path)]
+    done = run_script(
+        "bench_decode", *tiny, "--chunked-prefill-size", "64", "--only", "B2K0", "B16K0", "B4K2"
+    )
+    assert done.returncode == 1, done.stderr
+    table = done.stdout.splitlines()[-4:]
+    assert [line.split()[0] for line in table] == ["row", "B2K0", "B16K0", "B4K2"]
+    assert "no step in which all rows decoded" in table[2]
+    return path
+
+
+def lines_of(path: Path) -> dict[str, dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["row"]: line for line in lines}
+
+
+def test_rows_are_measured_and_one_that_fails_stops_no_other(results: Path) -> None:
+    lines = lines_of(results)
+    assert list(lines) == ["B2K0", "B16K0", "B4K2"]
+    assert lines["B16K0"]["error"].startswith("ValueError")
+    for row, num_adapters in (("B2K0", 0), ("B4K2", 2)):
+        line = lines[row]
+        assert line["adapters"] == num_adapters
+        assert line["step_ms"] > line["floor_ms"] > 0
+        [steps] = line["steps"]
+        assert 0 < steps < line["new_tokens"]
+        assert line["prompt_tokens"] < line["context"] < line["prompt_tokens"] + line["new_tokens"]
+        assert line["flags"] == {"device": "cpu", "chunked_prefill_size": 64}
+
+
+def test_a_picture_is_drawn_of_them(results: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "decode.svg"
+    done = run_script("plot_bench", str(results), str(picture))
+    assert done.returncode == 0, done.stderr
+    root = ElementTree.parse(picture).getroot()
+    points = root.findall(f"{SVG}circle/{SVG}title")
+    assert sorted((title.text or "").split(":")[0] for title in points) == ["B2K0", "B4K2"]
