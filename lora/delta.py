@@ -1,4 +1,4 @@
-"""What an adapter adds to one fused projection: shrink, one collective at most, expand (DESIGN.md section 4).
+"""What an adapter adds to one fused projection: shrink, one collective at most, expand (docs/architecture.md).
 
 Whether a collective runs depends only on the plan and the flags, never on what this rank holds: ranks cannot diverge.
 """

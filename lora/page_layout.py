@@ -1,6 +1,6 @@
 """How adapters and KV tile into pages: a pure function of (model shapes, adapter ranks, tp, sharding).
 
-Scheduler, loader and workers all compute it, so none has to be told (DESIGN.md section 5).
+Scheduler, loader and workers all compute it, so none has to be told (docs/architecture.md).
 
 Words. A *module* is one of the seven projections. A *slice* is 16 rows of an adapter's rank: BA = Σ BₚAₚ over slices p.
 A *piece* is the part of one slice that belongs to one (layer, module) and one of A, B; it is contiguous, inside one

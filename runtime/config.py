@@ -51,7 +51,7 @@ class LoRAArgs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheArgs(msgspec.Struct, frozen=True, kw_only=True):
-    """The one memory (DESIGN.md section 5)."""
+    """The one memory (docs/architecture.md)."""
 
     page_size: int = 16  # tokens
     mem_fraction_static: float = 0.88  # of the GPU, weights included

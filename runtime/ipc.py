@@ -2,7 +2,7 @@
 
 A `Pipe` is one end of a PAIR over `ipc://`. Each frame is a 16-byte header (epoch, sequence) and one msgpack message of
 the declared union. A gap, a foreign epoch or an undecodable frame raises `ProtocolError`; a full pipe raises too: the
-peer is gone or stuck, and waiting would hide it (DESIGN.md section 2).
+peer is gone or stuck, and waiting would hide it (docs/architecture.md).
 """
 
 from __future__ import annotations
