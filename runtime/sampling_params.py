@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
 from manylora.runtime.errors import BadRequestError
@@ -13,6 +11,8 @@ DEFAULT_MAX_NEW_TOKENS = 128
 MAX_STOP_STRINGS = 32
 MAX_STOP_TOKEN_IDS = 64  # eos ids of the model included
 MAX_N = 128
+MAX_TEMPERATURE = 1e30  # workers hold these as float32, where neither this
+MIN_REPETITION_PENALTY = 1e-30  # nor a logit divided by that overflows
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -57,32 +57,34 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     def validate(self, vocab_size: int) -> None:
         """Raise BadRequestError naming the first field that is out of range."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
             _refuse(
-                "temperature", f"temperature must be a non-negative finite number, got {self.temperature}."
+                "temperature",
+                f"temperature must be a non-negative number of at most {MAX_TEMPERATURE:g}, got {self.temperature}.",
             )
         if not 0 < self.top_p <= 1:
             _refuse("top_p", f"top_p must be in (0, 1], got {self.top_p}.")
         if not 0 <= self.min_p <= 1:
             _refuse("min_p", f"min_p must be in [0, 1], got {self.min_p}.")
         if self.top_k == 0 or not -1 <= self.top_k < 2**31:
-            _refuse("top_k", f"top_k must be -1 (disable) or at least 1, got {self.top_k}.")
+            _refuse("top_k", f"top_k must be -1 (disable) or in [1, 2^31), got {self.top_k}.")
         if not -2 <= self.frequency_penalty <= 2:
             _refuse(
                 "frequency_penalty", f"frequency_penalty must be in [-2, 2], got {self.frequency_penalty}."
             )
         if not -2 <= self.presence_penalty <= 2:
             _refuse("presence_penalty", f"presence_penalty must be in [-2, 2], got {self.presence_penalty}.")
-        if not 0 < self.repetition_penalty <= 2:
+        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= 2:
             _refuse(
-                "repetition_penalty", f"repetition_penalty must be in (0, 2], got {self.repetition_penalty}."
+                "repetition_penalty",
+                f"repetition_penalty must be in [{MIN_REPETITION_PENALTY:g}, 2], got {self.repetition_penalty}.",
             )
         self._validate_counts(vocab_size)
 
     def _validate_counts(self, vocab_size: int) -> None:
         limit = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         if not 0 <= limit < 2**31:
-            _refuse("max_new_tokens", f"max_new_tokens must be at least 0, got {limit}.")
+            _refuse("max_new_tokens", f"max_new_tokens must be in [0, 2^31), got {limit}.")
         if not 0 <= self.min_new_tokens <= limit:
             _refuse(
                 "min_new_tokens",

@@ -15,6 +15,7 @@ from manylora.runtime.sampling_params import SamplingParams
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("temperature", 1e308),  # infinite as float32
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", float("nan")),
@@ -25,6 +26,7 @@ from manylora.runtime.sampling_params import SamplingParams
         ("frequency_penalty", 2.1),
         ("presence_penalty", -2.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-39),  # a logit divided by it is infinite
         ("max_new_tokens", -1),
         ("max_new_tokens", 2**40),
         ("min_new_tokens", -1),
