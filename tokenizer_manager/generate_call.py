@@ -69,15 +69,24 @@ def check_prompt(prompt: Prompt, info: ServerInfo) -> None:
         raise BadRequestError(
             f"stop_token_ids takes at most {room} ids.", param="sampling_params.stop_token_ids"
         )
-    if not 0 <= prompt.top_logprobs_num <= MAX_TOP_LOGPROBS:
+    most_top = min(MAX_TOP_LOGPROBS, info.model.vocab_size)
+    if not 0 <= prompt.top_logprobs_num <= most_top:
         raise BadRequestError(
-            f"top_logprobs_num must be in [0, {MAX_TOP_LOGPROBS}], got {prompt.top_logprobs_num}.",
+            f"top_logprobs_num must be in [0, {most_top}], got {prompt.top_logprobs_num}.",
             param="top_logprobs_num",
         )
     if prompt.input_ids is not None:
         _check_ids(prompt.input_ids, info.model.vocab_size)
     elif not prompt.text:
         raise BadRequestError("text cannot be empty.", param="text")
+
+
+def check_encoded(ids: list[int], vocab_size: int) -> None:
+    """Raise BadRequestError if a text has a token the model has no embedding of: some tokenizers know more."""
+    if max(ids, default=0) >= vocab_size:
+        raise BadRequestError(
+            f"text has the token {max(ids)}, the model's vocabulary has {vocab_size} tokens.", param="text"
+        )
 
 
 def _check_ids(ids: list[int], vocab_size: int) -> None:

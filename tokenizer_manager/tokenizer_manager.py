@@ -43,7 +43,13 @@ from manylora.runtime.messages import (
     unpack_i64,
 )
 from manylora.tokenizer_manager.answer import Answer
-from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt, check_prompt, fit_params
+from manylora.tokenizer_manager.generate_call import (
+    GenerateCall,
+    Prompt,
+    check_encoded,
+    check_prompt,
+    fit_params,
+)
 from manylora.tokenizer_manager.running_call import RunningCall
 from manylora.tokenizer_manager.scheduler_client import SchedulerClient
 from manylora.tokenizer_manager.sequence import Sequence
@@ -216,15 +222,22 @@ class TokenizerManager:
         running = RunningCall(sequences, stream=stream)
         self._take_rids(sequences)
         self._running.update((sequence.handle, (sequence, running)) for sequence in sequences)
-        self._scheduler.send(Submit(requests))
+        try:
+            self._scheduler.send(Submit(requests))
+        except UnicodeEncodeError as error:  # a lone surrogate, which JSON cannot hold and Python can
+            self._release(running)
+            raise BadRequestError("a name or a stop string is not valid Unicode") from error
         return running
 
     async def _encode(self, prompts: Iterable[Prompt]) -> list[list[int]]:
         texts = [prompt.text for prompt in prompts if prompt.text is not None]
         if sum(map(len, texts)) > INLINE_CHARACTERS:
-            encoded = iter(await asyncio.to_thread(self.tokenizer.encode, texts))
+            id_lists = await asyncio.to_thread(self.tokenizer.encode, texts)
         else:
-            encoded = iter(self.tokenizer.encode(texts))
+            id_lists = self.tokenizer.encode(texts)
+        for ids in id_lists:
+            check_encoded(ids, self.info.model.vocab_size)
+        encoded = iter(id_lists)
         return [next(encoded) if prompt.input_ids is None else prompt.input_ids for prompt in prompts]
 
     def _take_rids(self, sequences: list[Sequence]) -> None:

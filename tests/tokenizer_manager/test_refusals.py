@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,41 @@ async def test_refused_before_the_scheduler(tokenizer_dir: Path, prompt: Prompt,
             await manager.generate(GenerateCall([good, prompt], as_list=True))
         await manager.state()
         assert not any(isinstance(message, Submit) for message in scheduler.received)
+
+
+@in_loop
+async def test_what_no_message_can_hold_is_refused_and_forgotten(tokenizer_dir: Path) -> None:
+    async with managed(tokenizer_dir) as (manager, _):
+        for _ in range(2):
+            with pytest.raises(BadRequestError, match="not valid Unicode"):
+                await manager.generate(one(rid="a", lora_name="\ud800"))
+        await manager.generate(one(rid="a", max_new_tokens=1))
+
+
+@in_loop
+async def test_a_token_that_only_the_tokenizer_knows_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    path = directory / "tokenizer.json"
+    layout = json.loads(path.read_text())
+    layout["added_tokens"].append(
+        {
+            "id": VOCAB_SIZE,
+            "content": "[PAD]",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+    )
+    path.write_text(json.dumps(layout))
+    async with managed(directory) as (manager, scheduler):
+        with pytest.raises(BadRequestError, match=f"text has the token {VOCAB_SIZE}") as refused:
+            await manager.generate(one("a [PAD] b"))
+        assert refused.value.param == "text"
+        await manager.generate(one("a b", max_new_tokens=1))
+        [submit] = [message for message in scheduler.received if isinstance(message, Submit)]
+        assert len(submit.requests) == 1
 
 
 @pytest.mark.parametrize(
