@@ -35,10 +35,14 @@ def resolve_adapter(lora_path: str) -> Path:
 
     Raises AdapterRejectedError that says where was looked.
     """
-    directory = Path(lora_path).expanduser()
-    if directory.is_dir():
+    try:
+        directory = Path(lora_path).expanduser()
+        is_dir, exists = directory.is_dir(), directory.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be entered, ~nobody
+        raise AdapterRejectedError(f"{lora_path} cannot be looked up: {error}", param="lora_path") from error
+    if is_dir:
         return directory
-    if directory.exists():
+    if exists:
         raise AdapterRejectedError(
             f"{lora_path} is a file; give the directory with {CONFIG_NAME}", param="lora_path"
         )
@@ -50,7 +54,7 @@ def resolve_adapter(lora_path: str) -> Path:
 def read_adapter(directory: Path) -> AdapterFile:
     """Read and digest both files. Raises AdapterRejectedError."""
     weights_path = directory / WEIGHTS_NAME
-    if not weights_path.exists() and (directory / UNSAFE_WEIGHTS_NAME).exists():
+    if not os.path.exists(weights_path) and os.path.exists(directory / UNSAFE_WEIGHTS_NAME):
         raise AdapterRejectedError(
             f"{directory} has only {UNSAFE_WEIGHTS_NAME}, a pickle that can run code when loaded; save the adapter as "
             f"{WEIGHTS_NAME}",

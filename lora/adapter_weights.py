@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -142,11 +143,19 @@ def _read_tensor(data: bytearray, data_start: int, half: _Half, dtype: torch.dty
     stored = torch.frombuffer(
         data, dtype=_DTYPES[entry.dtype], count=rows * columns, offset=data_start + entry.data_offsets[0]
     ).view(rows, columns)
-    if not torch.isfinite(stored).all():
+    if not _is_finite(stored):
         raise AdapterRejectedError(f"{half.name} has values that are not finite", param=half.name)
+    if stored.dtype == dtype:
+        return stored
     converted = stored.to(dtype)
-    if not torch.isfinite(converted).all():
+    if not _is_finite(converted):
         raise AdapterRejectedError(
             f"{half.name} has values beyond the range of {str(dtype).removeprefix('torch.')}", param=half.name
         )
     return converted
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # By the extremes, which NaN passes through: one pass, tens of times faster than isfinite in 16 bits.
+    low, high = tensor.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -43,6 +43,12 @@ def test_a_path_that_is_no_hub_id_is_not_looked_up(
         resolve_adapter(lora_path)
 
 
+@pytest.mark.parametrize("lora_path", ["~nobody-of-that-name/adapter", "/" + "long" * 1000])
+def test_a_path_that_cannot_be_looked_up(lora_path: str) -> None:
+    with pytest.raises(AdapterRejectedError, match="cannot be looked up"):
+        resolve_adapter(lora_path)
+
+
 def test_an_unknown_hub_id_says_where_was_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -146,9 +146,10 @@ def test_the_rank_of_the_config_is_the_rank_of_the_file(tmp_path: Path) -> None:
         bind(tmp_path / "huge", q_tensors(), r=10**9)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
-    tensors = q_tensors()
+def test_values_that_are_not_finite(tmp_path: Path, value: float, stored: torch.dtype) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in q_tensors().items()}
     tensors[Q0_B][3, 3] = value
     with pytest.raises(AdapterRejectedError, match="not finite") as caught:
         bind(tmp_path, tensors)
