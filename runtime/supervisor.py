@@ -22,7 +22,7 @@ import zmq
 
 from manylora.runtime.child_process import ChildProcess
 from manylora.runtime.config import ServerConfig
-from manylora.runtime.errors import ErrorInfo, ManyloraError, ProtocolError
+from manylora.runtime.errors import ConfigError, ErrorInfo, ManyloraError, ProtocolError
 from manylora.runtime.messages import (
     ChildFailed,
     ChildReady,
@@ -75,6 +75,7 @@ class Supervisor:
         self._poller = zmq.Poller()
         self._children: dict[str, ChildProcess] = {}
         self._ready: set[str] = set()
+        self._prepared = False
         self._loader_deaths: list[float] = []
         self._stopping = False
         self._killing = False
@@ -136,6 +137,8 @@ class Supervisor:
                 failure = self._handle_exits()
             except ManyloraError as error:
                 failure = error.info()
+            except OSError as error:  # no more processes or descriptors allowed, no room for the config file
+                failure = ConfigError(f"a process cannot be started: {error}").info()
         if failure is None:
             self._end_orderly()
         else:
@@ -164,6 +167,7 @@ class Supervisor:
                     self._log_ready()
             case Prepared():
                 self._config = message.config
+                self._prepared = True
                 self._start_engine()
                 self._on_prepared(self._config)
 
@@ -173,9 +177,9 @@ class Supervisor:
         for child in dead:
             self._forget(child)
         for child in list(dead):
-            if child.role == "prepare" and child.error is None and child.exit_code == 0:
+            if child.role == "prepare" and child.error is None and child.exit_code == 0 and self._prepared:
                 dead.remove(child)
-            if child.role == "loader" and "scheduler" in self._ready and self._restart_loader(child):
+            if child.role == "loader" and self._restart_loader(child):
                 dead.remove(child)
         # A process that was shot is the cause, one that complains of a lost peer the consequence.
         dead.sort(key=lambda child: child.exit_code >= 0)
@@ -208,7 +212,9 @@ class Supervisor:
             self._start(f"worker{rank}", str(rank), num_threads=num_threads)
 
     def _restart_loader(self, dead: ChildProcess) -> bool:
-        """Start the next loader; False if they die too often."""
+        """Start the next loader; False without a scheduler that works with it, or if they die too often."""
+        if "scheduler" not in self._ready or "scheduler" not in self._children:
+            return False
         now = time.monotonic()
         self._loader_deaths = [death for death in self._loader_deaths if now - death < 60] + [now]
         if len(self._loader_deaths) > MAX_LOADER_RESTARTS:

@@ -34,6 +34,9 @@ def behave(behaviour: str, config: ServerConfig, context: ChildContext) -> None:
             context.ready()
         case "load":  # for ever
             pass
+        case "end":
+            context.close()
+            os._exit(0)
         case "refuse":
             raise ConfigError(f"{context.role} refuses")
         case "die-once" if config.epoch > 0:

@@ -106,6 +106,41 @@ def test_a_refusal_ends_the_start(house: House, fake: Callable[[str, str], None]
     assert not [line for line in house.lines if line.startswith(("scheduler", "worker", "loader"))]
 
 
+def test_a_preparation_without_a_result_ends_the_start(
+    house: House, fake: Callable[[str, str], None]
+) -> None:
+    fake("prepare", "end")
+    house.start()
+    house.join()
+    assert house.failure == ErrorInfo("worker_crashed", "process prepare exited with code 0", 500)
+
+
+def test_a_scheduler_that_dies_with_its_loader_ends_the_server(
+    house: House, fake: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("scheduler", "die")
+    fake("loader", "die")
+    house.start()
+    house.wait_until_started()
+    time.sleep(0.3)  # until the scheduler has said that it is ready
+    handle_exits = Supervisor._handle_exits
+
+    def late(supervisor: Supervisor) -> ErrorInfo | None:
+        """Look at the exits once both are there."""
+        time.sleep(0.5)
+        return handle_exits(supervisor)
+
+    monkeypatch.setattr(Supervisor, "_handle_exits", late)
+    house.let_die()
+    house.join()
+    assert house.failure is not None
+    assert house.failure.message in (
+        "process scheduler was killed by SIGKILL",
+        "process loader was killed by SIGKILL",
+    )
+    assert f"front was told: {house.failure.message}" in house.lines
+
+
 @pytest.mark.parametrize("role", ["worker1", "scheduler", "front"])
 def test_a_death_ends_the_server_and_the_front_hears_why(
     house: House, fake: Callable[[str, str], None], role: str
