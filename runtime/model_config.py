@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import msgspec
 
-from manylora.runtime.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
+from manylora.runtime.errors import ConfigError, ManyloraError, ModelNotFoundError, ModelUnsupportedError
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -105,6 +105,21 @@ def load_model_config(model_dir: str | Path) -> ModelConfig:
 
 def parse_model_config(config: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
     """The same from the two files' contents."""
+    try:
+        return _parse(config, generation or {})
+    except KeyError as error:
+        raise ModelUnsupportedError(
+            f"the model's config lacks {error.args[0]}", param="model_path"
+        ) from error
+    except ManyloraError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ModelUnsupportedError(
+            f"the model's config cannot be understood: {error}", param="model_path"
+        ) from error
+
+
+def _parse(config: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     family = _family(config)
     _refuse_unimplemented(config)
     heads = int(config["num_attention_heads"])
@@ -128,7 +143,7 @@ def parse_model_config(config: dict[str, Any], generation: dict[str, Any] | None
         qk_norm=family == "qwen3",
         dtype=_dtype(config),
         bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=_eos(config, generation or {}),
+        eos_token_ids=_eos(config, generation),
     )
 
 

@@ -98,3 +98,13 @@ def test_kv_heads_above_and_below_tp() -> None:
     model = parse_model_config(LLAMA)
     model.check_tp(16)
     assert [model.kv_heads_per_rank(tp) for tp in (1, 2, 8, 16)] == [8, 4, 1, 1]
+
+
+def test_what_is_missing_or_of_another_type_is_said() -> None:
+    lacking = {key: value for key, value in LLAMA.items() if key != "hidden_size"}
+    with pytest.raises(ModelUnsupportedError, match="lacks hidden_size"):
+        parse_model_config(lacking)
+    with pytest.raises(ModelUnsupportedError, match="lacks factor"):
+        parse_model_config({**LLAMA, "rope_scaling": {"rope_type": "linear"}})
+    with pytest.raises(ModelUnsupportedError, match="cannot be understood"):
+        parse_model_config({**LLAMA, "num_hidden_layers": "many"})
