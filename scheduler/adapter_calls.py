@@ -33,11 +33,13 @@ def check_requested(names: set[str], loaded: Mapping[str, Version], *, enabled: 
         )
 
 
-def not_loaded(name: str, loaded: Mapping[str, Version]) -> AdapterNotFoundError:
-    """The answer to an unload of a name that stands for nothing."""
-    return AdapterNotFoundError(
-        f"LoRA with name {name} does not exist. Loaded LoRAs: {', '.join(loaded)}", param="lora_name"
-    )
+def check_unload(name: str, loaded: Mapping[str, Version], *, enabled: bool) -> None:
+    """Raise unless `name` stands for a version."""
+    _check_enabled(enabled)
+    if name not in loaded:
+        raise AdapterNotFoundError(
+            f"LoRA with name {name} does not exist. Loaded LoRAs: {', '.join(loaded)}", param="lora_name"
+        )
 
 
 def check_load(
@@ -50,8 +52,7 @@ def check_load(
 ) -> None:
     """Raise unless the load may start. `loading`: the calls under way, by name."""
     name = call.lora_name
-    if not enabled:
-        raise LoRADisabledError("LoRA is not enabled. Please launch the server with --enable-lora flag.")
+    _check_enabled(enabled)
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable() or name != name.strip():
         raise BadRequestError(
             f"lora_name must be 1 to {MAX_NAME_LENGTH} printable characters without blanks around them.",
@@ -74,3 +75,8 @@ def check_load(
             "`--max-loras-per-batch` or load it as unpinned LoRA adapters.",
             param="pinned",
         )
+
+
+def _check_enabled(enabled: bool) -> None:
+    if not enabled:
+        raise LoRADisabledError("LoRA is not enabled. Please set `--enable-lora` to enable LoRA.")

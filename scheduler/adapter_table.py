@@ -33,7 +33,7 @@ from manylora.runtime.messages import (
     LoadJob,
     UnloadAdapter,
 )
-from manylora.scheduler.adapter_calls import check_load, check_requested, not_loaded
+from manylora.scheduler.adapter_calls import check_load, check_requested, check_unload
 from manylora.scheduler.adapter_limits import FitChecker
 from manylora.scheduler.device_tier import DeviceTier
 from manylora.scheduler.host_tier import HostTier
@@ -131,10 +131,12 @@ class AdapterTable:
         self._start_job(load, call.lora_path, "")
 
     def on_unload(self, call: UnloadAdapter) -> None:
-        version = self.names.pop(call.lora_name, None)
-        if version is None:
-            self._reply(call.call, not_loaded(call.lora_name, self.names).info())
+        try:
+            check_unload(call.lora_name, self.names, enabled=self._enabled)
+        except ManyloraError as error:
+            self._reply(call.call, error.info())
             return
+        version = self.names.pop(call.lora_name)
         version.unload_calls.append(call.call)
         self._retire(version)
 

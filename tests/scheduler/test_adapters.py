@@ -74,7 +74,9 @@ def test_a_request_for_an_unknown_name_gets_the_known_text() -> None:
 
 def test_a_server_without_lora_refuses_loads_and_requests() -> None:
     world = World(enable_lora=False)
-    assert world.load("a", "pa").reply.error.code == "lora_disabled"
+    for call in (world.load("a", "pa"), world.unload("a")):
+        assert call.reply.error.code == "lora_disabled"
+        assert call.reply.error.message == "LoRA is not enabled. Please set `--enable-lora` to enable LoRA."
     assert world.submit(PROMPT, lora="a")[0].finish.error.code == "lora_disabled"
 
 
