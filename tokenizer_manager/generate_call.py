@@ -14,6 +14,7 @@ from manylora.runtime.messages import ServerInfo
 from manylora.runtime.sampling_params import DEFAULT_MAX_NEW_TOKENS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_TOP_LOGPROBS = 128
+MAX_RID_LENGTH = 512  # every event of a stream repeats it
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 
 
@@ -56,6 +57,8 @@ def check_prompt(prompt: Prompt, info: ServerInfo) -> None:
     """Everything that can be refused before tokenizing. Raises BadRequestError naming the field."""
     params = prompt.params
     params.validate(info.model.vocab_size)
+    if len(prompt.rid) > MAX_RID_LENGTH:
+        raise BadRequestError(f"rid has at most {MAX_RID_LENGTH} characters.", param="rid")
     if params.seed is not None and params.sampling_seed not in (None, params.seed):
         raise BadRequestError(
             "seed and sampling_seed are two names of one value; give one.", param="sampling_params.seed"

@@ -154,7 +154,7 @@ class TokenizerManager:
         self, lora_name: str, lora_path: str, *, pinned: bool = False, replace: bool = False
     ) -> AdapterReply:
         """Load under a new version. A refusal is in the reply's `error`. The load goes on if the caller leaves."""
-        logger.info("Start load Lora adapter. Lora name=%s, path=%s", lora_name, lora_path)
+        logger.info("Start load Lora adapter. Lora name=%.600r, path=%.600r", lora_name, lora_path)
         reply = await self._scheduler.ask(
             lambda number: LoadAdapter(number, lora_name, lora_path, pinned, replace)
         )
@@ -163,7 +163,7 @@ class TokenizerManager:
 
     async def unload_adapter(self, lora_name: str) -> AdapterReply:
         """Answers when the adapter's last request has ended and all is freed. A refusal is in the reply's `error`."""
-        logger.info("Start unload Lora adapter. Lora name=%s", lora_name)
+        logger.info("Start unload Lora adapter. Lora name=%.600r", lora_name)
         reply = await self._scheduler.ask(lambda number: UnloadAdapter(number, lora_name))
         assert isinstance(reply, AdapterReply)
         return reply

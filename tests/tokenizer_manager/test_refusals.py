@@ -35,6 +35,7 @@ REFUSED = [
     (Prompt("a", SamplingParams(top_p=0.0), text="x"), "top_p must be in"),
     (Prompt("a", SamplingParams(stop="x" * 1025), text="x"), "at most 1024 characters"),
     (Prompt("a", SamplingParams(stop_token_ids=[1] * 64), text="x"), "stop_token_ids takes at most 63 ids"),
+    (Prompt("r" * 513, SamplingParams(), text="x"), "rid has at most 512 characters"),
     (Prompt("a", SamplingParams(seed=1, sampling_seed=2), text="x"), "two names of one value"),
     (Prompt("a", SamplingParams(), text="x", top_logprobs_num=-1), "top_logprobs_num must be in"),
     (Prompt("a", SamplingParams(), text="x", top_logprobs_num=129), "top_logprobs_num must be in"),

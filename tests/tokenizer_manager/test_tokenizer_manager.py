@@ -146,6 +146,19 @@ async def test_adapters_come_and_go(tokenizer_dir: Path) -> None:
 
 
 @in_loop
+async def test_a_hostile_name_stays_in_its_line_of_the_log(
+    tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with managed(tokenizer_dir) as (manager, _):
+        with caplog.at_level("INFO", "manylora.front"):
+            await manager.load_adapter("a\n[scheduler] all is well", "x" * 10**6)
+            await manager.unload_adapter("a\n[scheduler] all is well")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert all("\n" not in line and len(line) < 2000 for line in lines)
+
+
+@in_loop
 async def test_flush_needs_an_idle_server(tokenizer_dir: Path) -> None:
     async with managed(tokenizer_dir) as (manager, scheduler):
         await manager.flush_cache()
