@@ -12,9 +12,11 @@ from manylora.runtime.errors import ManyloraError, NotReadyError
 from manylora.runtime.http_common import STATE, encode, error_body, json_response, read_body
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.generate_call import GenerateCall
+from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 
 WRITE_TIMEOUT_S = 30.0  # a client that reads nothing for so long is gone
 HEALTH_TIMEOUT_S = 20.0
+_DONE = b"data: [DONE]\n\n"
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
@@ -28,7 +30,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
 
 
 async def _stream(request: web.Request, call: GenerateCall) -> web.StreamResponse:
-    """Each event has all of one answer's text so far. An error that comes after the first event ends the stream."""
+    """Each event has all of one answer's text so far. An error that comes after the first event is the last one."""
     response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
     response.content_type, response.charset = "text/event-stream", "utf-8"
     async with contextlib.aclosing(request.app[STATE].manager.stream(call)) as answers:
@@ -38,9 +40,9 @@ async def _stream(request: web.Request, call: GenerateCall) -> web.StreamRespons
             while changed:
                 await _write(response, b"".join(b"data: %s\n\n" % encode(answer) for answer in changed))
                 changed = await anext(answers, None)
-            await _write(response, b"data: [DONE]\n\n")
+            await _write(response, _DONE)
         except ManyloraError as error:
-            await _write(response, b"data: %s\n\n" % encode(error_body(error.info())))
+            await _write(response, b"data: %s\n\n" % encode(error_body(error.info())) + _DONE)
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()
@@ -53,17 +55,30 @@ async def _write(response: web.StreamResponse, data: bytes) -> None:
 
 
 async def health_generate(request: web.Request) -> web.Response:
-    """200 if one token of the base model comes back in time, through every process."""
+    """200 if one token of the base model comes back in time, through every process. Where it has to wait its turn that
+    long, steps that went on meanwhile are proof enough: a busy server is not a sick one.
+    """
     manager = request.app[STATE].manager
     token = manager.info.model.bos_token_id or 0
     params = SamplingParams(max_new_tokens=1, temperature=0.0)
     call = GenerateBody(input_ids=[token], sampling_params=params).to_call()
     try:
-        async with asyncio.timeout(HEALTH_TIMEOUT_S):
-            await manager.generate(call)
+        steps = await _num_steps(manager)
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await manager.generate(call)
+        except TimeoutError:
+            if await _num_steps(manager) == steps:
+                raise
     except TimeoutError as error:
         raise NotReadyError(f"No token came back within {HEALTH_TIMEOUT_S:.0f} s.") from error
     return web.Response()
+
+
+async def _num_steps(manager: TokenizerManager) -> int:
+    """Steps that the workers have completed. Raises TimeoutError if the scheduler does not answer."""
+    async with asyncio.timeout(HEALTH_TIMEOUT_S):
+        return (await manager.state()).steps
 
 
 async def abort_request(request: web.Request) -> web.Response:

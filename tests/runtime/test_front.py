@@ -128,8 +128,8 @@ async def test_a_dead_engine_is_told_to_streams_too(short_dir: Path, tokenizer_d
             error = WorkerCrashedError("process worker0 was killed by SIGKILL")
             front.child.pipe.send(EngineFailed(error.info()))
             events = (await response.text()).split("\n\n")
-        assert '"code":"worker_crashed"' in events[-2]
-        assert "[DONE]" not in events[-2]
+        assert '"code":"worker_crashed"' in events[-3]
+        assert events[-2:] == ["data: [DONE]", ""]
         assert await front.exit_code() == 0
 
 

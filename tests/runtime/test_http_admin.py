@@ -139,6 +139,18 @@ async def test_health_generate_without_a_token(tokenizer_dir: Path, monkeypatch:
 
 
 @in_loop
+async def test_health_generate_behind_others(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manylora.runtime.generate_routes.HEALTH_TIMEOUT_S", 0.2)
+    async with served(tokenizer_dir) as front:
+        front.scheduler.held = True
+        asking = asyncio.create_task(front.get("/health_generate"))
+        await until(lambda: front.scheduler.running)
+        front.scheduler.steps += 1  # for others
+        assert await asking == (200, "")
+        await until(lambda: front.scheduler.aborted == [1])
+
+
+@in_loop
 async def test_model_and_server_info(tokenizer_dir: Path) -> None:
     async with served(tokenizer_dir) as front:
         assert await front.get("/get_model_info") == (

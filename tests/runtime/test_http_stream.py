@@ -65,7 +65,8 @@ async def test_stop_string_in_a_stream(tokenizer_dir: Path) -> None:
 async def test_error_in_a_stream(tokenizer_dir: Path) -> None:
     async with served(tokenizer_dir) as front:
         front.scheduler.failing_token = (3, NonFiniteLogitsError("the logits are not finite"))
-        events = await front.events({"text": "x"})
+        *events, done = await front.events({"text": "x"})
+        assert done == "[DONE]"
         assert events[0]["meta_info"]["completion_tokens"] == 1
         assert events[-1] == {
             "error": {

@@ -82,6 +82,7 @@ class FakeScheduler:
         self.received: list[FrontToScheduler] = []
         self.adapters: dict[str, tuple[str, int]] = {}
         self.running: dict[int, FakeSequence] = {}
+        self.steps = 0
         self._last_version = 0
 
     @property
@@ -149,6 +150,7 @@ class FakeScheduler:
 
     def step(self) -> None:
         """One step: the next token of every running sequence, in one message."""
+        self.steps += 1
         handles: list[int] = []
         tokens: list[int] = []
         starts: list[Start] = []
@@ -192,7 +194,7 @@ class FakeScheduler:
             AdapterState(name, path, version, "", False, "host", 8, 1, 0)
             for name, (path, version) in self.adapters.items()
         ]
-        return State(call, len(self.running), 0, 0, 9, 9, 0, 0, 9, 9, 9, 9, len(cards), 0, 0, cards)
+        return State(call, len(self.running), 0, 0, 9, 9, 0, 0, 9, 9, 9, 9, len(cards), self.steps, 0, cards)
 
 
 def _prompt_logprobs(sequence: FakeSequence) -> list[LogprobChunk]:
