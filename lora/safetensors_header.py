@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -19,15 +19,20 @@ from manylora.runtime.errors import AdapterRejectedError
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 MAX_TENSORS = 16384
 MAX_NAME = 512
+MAX_DIMS = 8
 DTYPE_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+# JSON bounds neither numbers nor their count, and a product of thousands of long ones takes hours.
+Size = Annotated[int, msgspec.Meta(le=(1 << 63) - 1)]
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor: its bytes are [data_offsets[0], data_offsets[1]) of the data, which follows the header."""
 
     dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=MAX_DIMS)]
+    data_offsets: tuple[Size, Size]
 
 
 def read_header(data: bytes | bytearray | memoryview) -> tuple[dict[str, TensorEntry], int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from manylora.lora.adapter_file import read_adapter, resolve_adapter
-from manylora.lora.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS, read_header
+from manylora.lora.safetensors_header import MAX_DIMS, MAX_HEADER_BYTES, MAX_TENSORS, read_header
 from manylora.runtime.errors import AdapterRejectedError
 from tests.lora.adapters import write_adapter
 
@@ -153,6 +153,10 @@ def test_header_with_metadata() -> None:
         (packed({"a": {**entry([2], 0, 8), "strides": [1]}}, b"\0" * 8), "wrongly"),
         (packed({"a": {"dtype": "F32", "shape": [2]}}), "wrongly"),
         (packed({"a": entry([2], 0, 8) | {"shape": "2"}}), "wrongly"),
+        (packed({"a": entry([10**4000] * 1900, 0, 4)}, b"0000"), "wrongly"),
+        (packed({"a": entry([10**4000, 1], 0, 4)}, b"0000"), "wrongly"),
+        (packed({"a": entry([1] * (MAX_DIMS + 1), 0, 4)}, b"0000"), "wrongly"),
+        (packed({"a": entry([1], 0, 10**4000)}, b"0000"), "wrongly"),
         (packed({"a": [1]}), "wrongly"),
         (packed({"a\0b": entry([2], 0, 8)}, b"\0" * 8), "the name"),
         (packed({"x" * 513: entry([2], 0, 8)}, b"\0" * 8), "the name"),
