@@ -220,8 +220,9 @@ def _dtype(config: dict[str, Any]) -> str:
 
 
 def _eos(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+    """Of both files. What lies outside the vocabulary can never be drawn, and is no index for the workers."""
     found: list[int] = []
     for value in (config.get("eos_token_id"), generation.get("eos_token_id")):
         tokens = cast(list[int | None], value if isinstance(value, list) else [value])
         found += [token for token in tokens if token is not None and token not in found]
-    return tuple(found)
+    return tuple(token for token in found if 0 <= token < int(config["vocab_size"]))

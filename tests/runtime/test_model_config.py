@@ -39,6 +39,11 @@ def test_llama_3_1() -> None:
     assert not any((model.qkv_bias, model.o_bias, model.qk_norm, model.tie_word_embeddings))
 
 
+def test_an_end_token_outside_the_vocabulary_is_none() -> None:
+    assert parse_model_config({**LLAMA, "eos_token_id": [-1, 7, 128256]}).eos_token_ids == (7,)
+    assert parse_model_config({**LLAMA, "eos_token_id": None}, {"eos_token_id": -1}).eos_token_ids == ()
+
+
 def test_transformers_5_writes_rope_parameters() -> None:
     config = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "rope_scaling")}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
