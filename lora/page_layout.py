@@ -33,7 +33,6 @@ NUM_MODULES = 7
 Q, K, V, O, GATE, UP, DOWN = range(NUM_MODULES)  # noqa: E741  the projections' own names
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SITES: tuple[tuple[int, ...], ...] = ((Q, K, V), (O,), (GATE, UP), (DOWN,))
-SITE_NAMES = ("qkv", "o", "gate_up", "down")
 ROW_PARALLEL = frozenset((O, DOWN))
 A, B = 0, 1
 ABSENT = -1

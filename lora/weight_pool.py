@@ -145,8 +145,9 @@ class WeightPool:
             self._copies.append((version, None))
             return
         with torch.cuda.stream(self._stream):
-            self._copy_pages(staged.host_pages, pages)
+            # The table first: it comes from pageable memory, so that behind the pages the host would wait for them.
             self.device_table.write(rows, offsets, staged.widths, staged.scalings)
+            self._copy_pages(staged.host_pages, pages)
             event = torch.cuda.Event()
             event.record(self._stream)
         self._copies.append((version, event))
