@@ -128,7 +128,7 @@ class AdapterTable:
             self._reply(call.call, error.info())
             return
         self.loads[call.lora_name] = load = Load(call)
-        self._start_job(load, call.lora_path, "")
+        self._start_job(load, call.lora_name, call.lora_path)
 
     def on_unload(self, call: UnloadAdapter) -> None:
         try:
@@ -197,10 +197,10 @@ class AdapterTable:
         elif owner is not None:
             self._lose_host_copy(owner, error)
 
-    def _start_job(self, owner: Load | Version, path: str, digest: str) -> None:
+    def _start_job(self, owner: Load | Version, name: str, path: str, digest: str = "") -> None:
         self._num_jobs += 1
         self._jobs[self._num_jobs] = owner
-        self._outbox.to_loader.append(LoadJob(self._num_jobs, path, digest))
+        self._outbox.to_loader.append(LoadJob(self._num_jobs, path, digest, name))
 
     # ---- workers ------------------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class AdapterTable:
             return True
         if version.host is HostCopy.NONE:
             version.host = HostCopy.LOADING
-            self._start_job(version, version.path, version.digest)
+            self._start_job(version, version.name, version.path, version.digest)
         return False
 
     def pins_ready(self) -> bool:

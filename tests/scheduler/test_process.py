@@ -200,7 +200,7 @@ def test_every_worker_gets_the_same_bytes_in_the_same_order(peers: Peers) -> Non
 def test_a_lost_loader_fails_its_jobs_and_the_next_one_gets_the_later_ones(peers: Peers) -> None:
     peers.serve()
     peers.front.send(LoadAdapter(0, "a", "/adapters/a"))
-    assert isinstance(next_message(peers.loader), LoadJob)
+    assert next_message(peers.loader) == LoadJob(1, "/adapters/a", lora_name="a")
     peers.loader.close()
     peers.scheduler.pipe.send(LoaderRestarted(1))
     reply = next_message(peers.front)
