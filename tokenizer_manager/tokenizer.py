@@ -16,9 +16,17 @@ from typing import Any, cast
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import processors
 
-from manylora.runtime.errors import BadRequestError, ModelNotFoundError, ModelUnsupportedError
+from manylora.runtime.errors import (
+    BadRequestError,
+    ContextLengthError,
+    ModelNotFoundError,
+    ModelUnsupportedError,
+)
 
 PieceOf = Callable[[str], bytes]
+
+BATCH_CHARACTERS = 1 << 20  # so much text is encoded at once
+PIECE_CHARACTERS = 1 << 16
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 _NAMED_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -66,6 +74,30 @@ class Tokenizer:
             return [encoding.ids for encoding in self._file.encode_batch_fast(list(texts))]
         except (TypeError, UnicodeEncodeError) as error:
             raise BadRequestError("text is not valid Unicode", param="text") from error
+
+    def encode_long(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """`encode` in bounded memory: what the library makes of a text takes a hundred times the text's own.
+
+        Raises ContextLengthError, without encoding the rest, for a text that is certainly longer than `max_tokens`.
+        """
+        if sum(map(len, texts)) <= BATCH_CHARACTERS:
+            return self.encode(texts)
+        id_lists: list[list[int]] = []
+        for text in texts:
+            self._check_length(text, max_tokens)
+            id_lists += self.encode([text])
+        return id_lists
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        """Count in pieces. A cut adds a token or two, so only twice the limit is beyond doubt."""
+        count = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            count += len(self.encode([text[start : start + PIECE_CHARACTERS]])[0])
+            if count > 2 * max_tokens:
+                raise ContextLengthError(
+                    f"The prompt has {len(text)} characters and more than {max_tokens} tokens, the model's context.",
+                    param="text",
+                )
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of generated ids; bytes that are not UTF-8 become U+FFFD."""

@@ -232,7 +232,7 @@ class TokenizerManager:
     async def _encode(self, prompts: Iterable[Prompt]) -> list[list[int]]:
         texts = [prompt.text for prompt in prompts if prompt.text is not None]
         if sum(map(len, texts)) > INLINE_CHARACTERS:
-            id_lists = await asyncio.to_thread(self.tokenizer.encode, texts)
+            id_lists = await asyncio.to_thread(self.tokenizer.encode_long, texts, self.info.context_length)
         else:
             id_lists = self.tokenizer.encode(texts)
         for ids in id_lists:

@@ -13,9 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as TokenizerFile
 
-from manylora.runtime.errors import BadRequestError, ModelNotFoundError, ModelUnsupportedError
+from manylora.runtime.errors import (
+    BadRequestError,
+    ContextLengthError,
+    ModelNotFoundError,
+    ModelUnsupportedError,
+)
 from manylora.tokenizer_manager.incremental_decoder import IncrementalDecoder
-from manylora.tokenizer_manager.tokenizer import Tokenizer
+from manylora.tokenizer_manager.tokenizer import BATCH_CHARACTERS, PIECE_CHARACTERS, Tokenizer
 from tests.tokenizer_manager.tiny_tokenizer import BOS_ID, EOS_ID, EOT_ID, save_byte_level, save_sentencepiece
 
 VOCAB_SIZE = 300
@@ -124,6 +129,20 @@ def test_sentencepiece_text_continues_the_prompt(tmp_path: Path) -> None:
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadRequestError, match="Unicode"):
         tokenizer.encode(["\ud800"])
+
+
+def test_a_long_batch_is_encoded_like_a_short_one(tokenizer: Tokenizer) -> None:
+    text = "The capital of France is Paris. " * (PIECE_CHARACTERS // 24)  # more than one piece
+    texts = [text] * (BATCH_CHARACTERS // len(text) + 1)
+    [ids] = tokenizer.encode([text])
+    assert tokenizer.encode_long(texts, max_tokens=len(ids)) == [ids] * len(texts)
+    assert tokenizer.encode_long(["Paris", "a"], max_tokens=1) == tokenizer.encode(["Paris", "a"])
+
+
+def test_a_text_far_too_long_is_not_encoded_to_its_end(tokenizer: Tokenizer) -> None:
+    end_that_cannot_be_encoded = "\udc00"
+    with pytest.raises(ContextLengthError, match="and more than 100 tokens"):
+        tokenizer.encode_long(["a b " * BATCH_CHARACTERS + end_that_cannot_be_encoded], max_tokens=100)
 
 
 def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
