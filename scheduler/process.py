@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -246,12 +247,23 @@ class SchedulerProcess:
             if isinstance(message, Shutdown):
                 self._stopping = True
             elif isinstance(message, LoaderRestarted):
-                self._poller.unregister(self._loader.socket)
-                self._loader.close()
-                self._loader = self._bind_loader(message.epoch)
-                self._loader_ready = False  # until then jobs wait in the outbox
-                self._scheduler.to_loader.clear()
-                self._scheduler.loader_lost()
+                self._replace_loader(message.epoch)
+
+    def _replace_loader(self, epoch: int) -> None:
+        """Take what the dead loader had finished, forget what it had not, and wait for the next one."""
+        for message in self._loader.drain():
+            if not isinstance(message, LoaderReady):
+                self._scheduler.on_loader(message)
+        self._poller.unregister(self._loader.socket)
+        self._loader.close()
+        self._loader = self._bind_loader(epoch)
+        self._loader_ready = False  # until then jobs wait in the outbox
+        self._scheduler.to_loader.clear()
+        self._scheduler.loader_lost()
+        wanted = self._scheduler.images()
+        for path in Path(self._config.shm_dir).iterdir():  # half an image is memory that nobody would free
+            if str(path) not in wanted:
+                path.unlink()
 
 
 def main(config: ServerConfig, context: ChildContext) -> None:

@@ -176,6 +176,10 @@ class Scheduler:
         """The loader died: fail what waits for it. A new one starts with an empty list of jobs."""
         self._adapters.on_loader_lost()
 
+    def images(self) -> set[str]:
+        """The files of adapters' images that the workers have yet to stage."""
+        return {version.image.path for version in self._adapters.versions.values() if version.image}
+
     # ---- decisions ----------------------------------------------------------------------------------------------
 
     def schedule(self) -> None:

@@ -16,6 +16,7 @@ from manylora.runtime.config import LoRAArgs, LoRAPath, ModelArgs, ParallelArgs,
 from manylora.runtime.errors import AdapterRejectedError, ErrorInfo, OutOfMemoryError
 from manylora.runtime.ipc import Pipe, pipe_address
 from manylora.runtime.messages import (
+    AdapterImage,
     AdapterReply,
     ChildFailed,
     ChildReady,
@@ -57,6 +58,8 @@ class Peers:
 
     def __init__(self, directory: Path, *, lora_paths: tuple[LoRAPath, ...] = ()) -> None:
         (directory / "config.json").write_text(json.dumps(MODEL))
+        self.images = directory / "images"
+        self.images.mkdir()
         self.config = ServerConfig(
             model=ModelArgs(
                 model_path="m", model_dir=str(directory), tokenizer_path="t", dtype="float32", device="cpu"
@@ -64,7 +67,7 @@ class Peers:
             lora=LoRAArgs(enable_lora=True, lora_paths=lora_paths),
             parallel=ParallelArgs(tp_size=2),
             run_dir=str(directory),
-            shm_dir=str(directory),
+            shm_dir=str(self.images),
             supervisor_pid=os.getpid(),
         )
         self._zmq: zmq.Context[Any] = zmq.Context()
@@ -183,15 +186,17 @@ def test_adapters_of_the_command_line_are_loaded_before_the_front_hears(director
         peers.close()
 
 
+def image(job: int, path: str) -> AdapterImage:
+    ranks = ((8,) * 7,) * 2
+    scalings = ((1.0,) * 7,) * 2
+    return AdapterImage(job, path, "d", ranks, scalings, num_pages=2, num_slices=1)
+
+
 def test_every_worker_gets_the_same_bytes_in_the_same_order(peers: Peers) -> None:
     peers.serve()
     peers.front.send(LoadAdapter(0, "a", "/adapters/a"))
     job = next_message(peers.loader)
-    ranks = ((8,) * 7,) * 2
-    image = {"job": job.job, "path": "/nowhere/a", "digest": "d", "ranks": ranks, "scalings": ranks}
-    peers.loader.send(
-        msgspec.convert({"type": "AdapterImage", **image, "num_pages": 2, "num_slices": 1}, LoaderToScheduler)
-    )
+    peers.loader.send(image(job.job, "/nowhere/a"))
     first, second = (next_message(worker) for worker in peers.workers)
     assert isinstance(first, StageAdapter)
     assert first == second
@@ -214,6 +219,22 @@ def test_a_lost_loader_fails_its_jobs_and_the_next_one_gets_the_later_ones(peers
     peers.loader.send(LoaderReady())
     job = next_message(peers.loader)
     assert job.lora_path == "/adapters/b"
+
+
+def test_a_lost_loaders_unfinished_image_is_removed_and_a_finished_one_kept(peers: Peers) -> None:
+    peers.serve()
+    peers.front.send(LoadAdapter(0, "a", "/adapters/a"))
+    whole, half = peers.images / "whole", peers.images / "half"
+    whole.write_bytes(b"\0")
+    peers.loader.send(image(next_message(peers.loader).job, str(whole)))
+    assert isinstance(next_message(peers.workers[0]), StageAdapter)
+    peers.front.send(LoadAdapter(1, "b", "/adapters/b"))
+    next_message(peers.loader)
+    half.write_bytes(b"\0")
+    peers.loader.close()
+    peers.scheduler.pipe.send(LoaderRestarted(1))
+    assert next_message(peers.front).error.code == "worker_crashed"
+    assert list(peers.images.iterdir()) == [whole]
 
 
 def test_a_front_that_vanishes_is_the_supervisors_to_explain(peers: Peers) -> None:
