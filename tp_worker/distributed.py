@@ -48,11 +48,6 @@ class TPGroup:
         _all_gather(gathered.view(-1), x.contiguous().view(-1))
         return gathered
 
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
-        if self.size > 1:
-            dist.barrier()
-
     def close(self) -> None:
         """Leave the group; no operation may follow."""
         if self.size > 1:

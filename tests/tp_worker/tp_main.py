@@ -29,7 +29,7 @@ def main(rank: int, size: int, device: torch.device, run_dir: Path, model_dirs: 
         batch = double_every_projection(decoder)
         results[f"{model_dir.name}/doubled"] = run_schedule(decoder, SCHEDULES["mixed"], batch)
     save_file(results, run_dir / f"rank-{rank}.safetensors")
-    group.barrier()
+    group.all_reduce(torch.zeros(1, device=device)).cpu()  # nobody leaves while another still computes
     group.close()
 
 
