@@ -119,6 +119,20 @@ class _Graph:
         return DecodeResult(row_logits, torch.where(finite, tokens, -1).int())
 
 
+def num_graph_rows(max_rows: int, *, exchanges_planes: bool, lora: bool) -> int:
+    """Of all graphs together; each keeps the float32 logits of its own. 0 if `max_rows` is: no graphs."""
+    return sum(_buckets(max_rows)) * len(_bounds(exchanges_planes, lora)) if max_rows else 0
+
+
+def _buckets(max_rows: int) -> list[int]:
+    return [bucket for bucket in BUCKETS if bucket < max_rows] + [max_rows]
+
+
+def _bounds(exchanges_planes: bool, lora: bool) -> tuple[int, ...]:
+    bounds = _BOUNDS_SHARED if exchanges_planes else _BOUNDS_ALONE
+    return (0, *bounds) if lora else (0,)
+
+
 class DecodeGraphs:
     """All graphs of a worker. Every rank captures the same ones in the same order: they hold collectives."""
 
@@ -135,9 +149,8 @@ class DecodeGraphs:
     ) -> None:
         self._forward, self._logits = forward, logits
         self._state, self._geometry = state, geometry
-        self._buckets = [bucket for bucket in BUCKETS if bucket < max_rows] + [max_rows]
-        bounds = _BOUNDS_SHARED if exchanges_planes else _BOUNDS_ALONE
-        self._bounds = (0, *bounds) if lora else (0,)
+        self._buckets = _buckets(max_rows)
+        self._bounds = _bounds(exchanges_planes, lora)
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
     @torch.inference_mode()
