@@ -28,6 +28,7 @@ ROUTES = (
     ("GET", "/flush_cache", admin_routes.flush_cache),
     ("POST", "/flush_cache", admin_routes.flush_cache),
 )
+BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
 SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
 
@@ -56,7 +57,7 @@ async def serving(state: HttpState, listener: socket.socket) -> AsyncGenerator[N
     )
     await runner.setup()
     try:
-        await web.SockSite(runner, listener).start()
+        await web.SockSite(runner, listener, backlog=BACKLOG).start()
         yield
     finally:
         await runner.cleanup()

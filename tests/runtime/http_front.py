@@ -27,6 +27,7 @@ class HttpFront:
     state: HttpState
     scheduler: FakeScheduler
     client: aiohttp.ClientSession
+    port: int
 
     async def post(self, path: str, body: Any) -> tuple[int, Any]:
         """Status and decoded answer. `body`: bytes as they are, anything else as JSON."""
@@ -77,9 +78,9 @@ async def served(tokenizer_dir: Path, *, started: bool = True) -> AsyncIterator[
                 await scheduler.announce(tokenizer_dir)
                 await manager.start()
                 state.ready = True
-            base = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            async with serving(state, listener), aiohttp.ClientSession(base) as client:
-                yield HttpFront(state, scheduler, client)
+            port = listener.getsockname()[1]
+            async with serving(state, listener), aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
+                yield HttpFront(state, scheduler, client, port)
         finally:
             manager.close()
             listener.close()

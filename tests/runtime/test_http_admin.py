@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ from tests.tokenizer_manager.tiny_tokenizer import BOS_ID, save_byte_level
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_byte_level(tmp_path_factory.mktemp("tokenizer"), VOCAB_SIZE)
+
+
+@in_loop
+async def test_a_burst_of_connections_waits_for_the_loop(tokenizer_dir: Path) -> None:
+    async with served(tokenizer_dir) as front:
+        with ExitStack() as opened:
+            for _ in range(400):  # the loop takes none of them before the last is open
+                opened.enter_context(socket.create_connection(("127.0.0.1", front.port), timeout=0.5))
+            assert (await front.get("/health"))[0] == 200
 
 
 @in_loop
