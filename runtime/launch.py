@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import msgspec
 
 from manylora.runtime.config import ServerConfig
-from manylora.runtime.errors import ConfigError, ErrorInfo, error_from
+from manylora.runtime.errors import ConfigError, ErrorInfo, WorkerCrashedError, error_from
 from manylora.runtime.log import setup_logging
 from manylora.runtime.supervisor import MODULES, Supervisor
 
@@ -83,9 +83,11 @@ def launch(
         try:
             supervisor.run()
         except BaseException as error:
-            if prepared.done():
-                raise
-            prepared.set_exception(error)
+            if not prepared.done():
+                prepared.set_exception(error)
+                return
+            logger.exception("the supervisor failed")
+            on_failure(WorkerCrashedError(f"the supervisor failed: {type(error).__name__}: {error}").info())
 
     # Children die with the thread that started them, so one thread does it all and lives as long as the server.
     thread = threading.Thread(target=run, name="manylora-supervisor", daemon=True)

@@ -2,15 +2,18 @@
 
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from manylora.runtime.errors import ConfigError
-from manylora.runtime.launch import bind
+from manylora.runtime.config import ModelArgs, ServerConfig
+from manylora.runtime.errors import ConfigError, ErrorInfo
+from manylora.runtime.launch import bind, launch
 from tests.runtime.fakes import REPOSITORY
 from tests.runtime.test_prepare import LLAMA
 
@@ -76,3 +79,20 @@ def test_a_host_that_is_not_ours() -> None:
         bind("192.0.2.1", 0)
     with pytest.raises(ConfigError, match="--host no host cannot be resolved"):
         bind("no host", 0)
+
+
+def test_a_bug_of_the_supervisor_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(
+            self, config: ServerConfig, on_prepared: Callable[[ServerConfig], None], **_: object
+        ) -> None:
+            self._tell = lambda: on_prepared(config)
+
+        def run(self) -> None:
+            self._tell()
+            raise RuntimeError("a bug")
+
+    monkeypatch.setattr("manylora.runtime.launch.Supervisor", Broken)
+    failures: queue.Queue[ErrorInfo] = queue.Queue()
+    launch(ServerConfig(model=ModelArgs(model_path="m")), on_failure=failures.put)
+    assert failures.get(timeout=10).message == "the supervisor failed: RuntimeError: a bug"
