@@ -15,7 +15,7 @@ MASKED, UNMASKED = tl.constexpr(True), tl.constexpr(False)
 
 def row_tile(num_rows: int) -> int:
     """The size of the tile that holds all rows' lengths: few different ones, because each is a compilation."""
-    return 32 if num_rows <= 32 else max(256, triton.next_power_of_2(num_rows))
+    return 32 if num_rows <= 32 else max(256, 1 << (num_rows - 1).bit_length())
 
 
 @triton.jit

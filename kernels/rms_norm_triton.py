@@ -45,11 +45,11 @@ def _launch(num_rows: int, size: int) -> tuple[tuple[int], dict[str, Any]]:
     """Grid, and constants of the kernel."""
     if size > MAX_SIZE:
         raise ValueError(f"rows of {size} elements, at most {MAX_SIZE} are implemented")
-    block = triton.next_power_of_2(size)
+    block = 1 << (size - 1).bit_length()
     rows_each = max(1, _TILE // block)
     warps = min(16, max(1, rows_each * block // 512))
     meta = {"SIZE": size, "BLOCK": block, "ROWS": rows_each, "num_warps": warps}
-    return (triton.cdiv(num_rows, rows_each),), meta
+    return (-(-num_rows // rows_each),), meta
 
 
 @triton.jit
