@@ -43,7 +43,8 @@ def results(
 
 def run_ranks(device: str, size: int, run_dir: Path, model_dirs: list[Path]) -> None:
     """Run `tp_main` once per rank; fails if one fails, and leaves none behind."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / '.pkg'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    paths = [str(ROOT / ".pkg"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.tp_worker.tp_main"]
     processes = [
         subprocess.Popen(
