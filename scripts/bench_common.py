@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,6 +149,7 @@ class Bench:
 
     def fail(self, row: str, error: Exception) -> None:
         self.failed = True
+        traceback.print_exception(error)
         self.add(row, error=f"{type(error).__name__}: {error}")
 
     def add(self, row: str, **values: Any) -> None:
