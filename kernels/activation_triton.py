@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manylora.kernels.dependent_launch import let_next_start, overlapping, wait_for_earlier
+
 _BLOCK = 1024
 
 
@@ -21,16 +23,27 @@ def silu_and_mul(x: Tensor) -> Tensor:
     if num_tokens:
         blocks = triton.cdiv(size, _BLOCK)
         constants: dict[str, Any] = {"SIZE": size, "BLOCKS": blocks, "BLOCK": _BLOCK}
+        constants |= overlapping(x.device)
         _silu_and_mul[(num_tokens * blocks,)](x, x.stride(0), out, **constants)
     return out
 
 
 @triton.jit
-def _silu_and_mul(x, x_stride, out, SIZE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul(
+    x,
+    x_stride,
+    out,
+    SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
     columns = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     valid = columns < SIZE
+    wait_for_earlier(OVERLAPS)
     gate = tl.load(x + token * x_stride + columns, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(x + token * x_stride + SIZE + columns, mask=valid, other=0.0).to(tl.float32)
+    let_next_start(OVERLAPS)
     product = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + token * SIZE + columns, product.to(out.dtype.element_ty), mask=valid)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manylora.kernels.dependent_launch import let_next_start, overlapping, wait_for_earlier
+
 MAX_SIZE = 16384
 _TILE = 1024  # elements a program takes at least, so that short rows (one head each) share a program
 
@@ -22,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     inner_stride = rows.stride(1) if rows.dim() == 3 else 0
     num_rows = x.numel() // x.shape[-1]
     if num_rows:
-        grid, meta = _launch(num_rows, x.shape[-1])
+        grid, meta = _launch(x, num_rows)
         _rms_norm[grid](
             rows, rows.stride(0), inner_stride, inner, rows.stride(-1), weight, out, num_rows, eps, **meta
         )
@@ -36,28 +38,29 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     out = torch.empty_like(x)
     num_rows = x.numel() // x.shape[-1]
     if num_rows:
-        grid, meta = _launch(num_rows, x.shape[-1])
+        grid, meta = _launch(x, num_rows)
         _fused_add_rms_norm[grid](x, residual, weight, out, num_rows, eps, **meta)
     return out
 
 
-def _launch(num_rows: int, size: int) -> tuple[tuple[int], dict[str, Any]]:
+def _launch(x: Tensor, num_rows: int) -> tuple[tuple[int], dict[str, Any]]:
     """Grid, and constants of the kernel."""
+    size = x.shape[-1]
     if size > MAX_SIZE:
         raise ValueError(f"rows of {size} elements, at most {MAX_SIZE} are implemented")
     block = 1 << (size - 1).bit_length()
     rows_each = max(1, _TILE // block)
     warps = min(16, max(1, rows_each * block // 512))
-    meta = {"SIZE": size, "BLOCK": block, "ROWS": rows_each, "num_warps": warps}
+    meta = {"SIZE": size, "BLOCK": block, "ROWS": rows_each, "num_warps": warps, **overlapping(x.device)}
     return (-(-num_rows // rows_each),), meta
 
 
 @triton.jit
-def _normed(x, weight, columns, eps, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """x (ROWS, BLOCK) float32, zero past SIZE. Rounded to DTYPE before the weight, as the reference."""
+def _normed(x, weight, eps, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """x (ROWS, BLOCK) float32, zero past SIZE; weight (BLOCK,). Rounded to DTYPE before the weight, as the reference."""
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + eps)
     normed = (x * scale[:, None]).to(DTYPE).to(tl.float32)
-    return normed * tl.load(weight + columns, mask=columns < SIZE, other=0.0).to(tl.float32)[None, :]
+    return normed * weight.to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -74,13 +77,17 @@ def _rms_norm(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     valid = (rows < num_rows)[:, None] & (columns < SIZE)[None, :]
     starts = (rows // inner).to(tl.int64) * outer_stride + rows % inner * inner_stride
+    row_weight = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
+    wait_for_earlier(OVERLAPS)
     wide = tl.load(x + starts[:, None] + columns[None, :] * column_stride, mask=valid, other=0.0)
-    normed = _normed(wide.to(tl.float32), weight, columns, eps, SIZE, x.dtype.element_ty)
+    let_next_start(OVERLAPS)
+    normed = _normed(wide.to(tl.float32), row_weight, eps, SIZE, x.dtype.element_ty)
     at = rows.to(tl.int64)[:, None] * SIZE + columns[None, :]
     tl.store(out + at, normed.to(out.dtype.element_ty), mask=valid)
 
@@ -96,14 +103,18 @@ def _fused_add_rms_norm(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     valid = (rows < num_rows)[:, None] & (columns < SIZE)[None, :]
     at = rows.to(tl.int64)[:, None] * SIZE + columns[None, :]
+    row_weight = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
+    wait_for_earlier(OVERLAPS)
     added = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     total = tl.load(residual + at, mask=valid, other=0.0).to(tl.float32) + added
+    let_next_start(OVERLAPS)
     total = total.to(residual.dtype.element_ty)
     tl.store(residual + at, total, mask=valid)
-    normed = _normed(total.to(tl.float32), weight, columns, eps, SIZE, x.dtype.element_ty)
+    normed = _normed(total.to(tl.float32), row_weight, eps, SIZE, x.dtype.element_ty)
     tl.store(out + at, normed.to(out.dtype.element_ty), mask=valid)

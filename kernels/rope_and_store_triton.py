@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manylora.kernels.dependent_launch import let_next_start, overlapping, wait_for_earlier
+
 
 def rope_and_store(
     q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, positions: Tensor, kv_cache: Tensor, kv_slots: Tensor
@@ -26,6 +28,7 @@ def rope_and_store(
         "BLOCK_HEADS": triton.next_power_of_2(heads),
         "BLOCK_KV_HEADS": triton.next_power_of_2(kv_heads),
         "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
+        **overlapping(q.device),
     }
     if num_tokens:
         arguments: list[Any] = [q, *q.stride()[:2], k, *k.stride()[:2], v, *v.stride()[:2]]
@@ -71,6 +74,7 @@ def _rope_and_store(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KV_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK_HALF)
@@ -78,13 +82,15 @@ def _rope_and_store(
     cos = tl.load(angle, mask=lanes < HALF, other=0.0)
     sin = tl.load(angle + HALF, mask=lanes < HALF, other=0.0)
     half = (lanes < HALF)[None, :]
+    slot = tl.load(kv_slots + token)
+    wait_for_earlier(OVERLAPS)
+    let_next_start(OVERLAPS)
     if tl.program_id(1) == 0:
         head = tl.arange(0, BLOCK_HEADS)[:, None]
         source = q + token * q_token_stride + head * q_head_stride
         _rotate(source, source, cos, sin, lanes, (head < HEADS) & half, HALF)
     else:
         kv_head = tl.arange(0, BLOCK_KV_HEADS)[:, None]
-        slot = tl.load(kv_slots + token)
         target = kv_cache + slot // PAGE_SIZE * page_stride + slot % PAGE_SIZE * slot_stride
         target += kv_head * head_stride
         key = k + token * k_token_stride + kv_head * k_head_stride

@@ -13,6 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from manylora.kernels import dependent_launch
+
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     torch.float32: "*fp32",
@@ -20,7 +22,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def compiled_for_hopper() -> Iterator[dict[str, Any]]:
         source = _source(kernel, dict(zip(kernel.arg_names, args, strict=False)), constants)
         compiled[kernel.fn.__name__] = triton.compile(source, target=HOPPER, options=options)
 
-    with patch.object(JITFunction, "run", run):
+    with patch.object(JITFunction, "run", run), patch.object(dependent_launch, "_supported", lambda _: True):
         yield compiled
 
 

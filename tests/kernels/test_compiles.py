@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from manylora.kernels import paged_decode_triton, paged_prefill_triton
 from manylora.kernels.activation_triton import silu_and_mul
+from manylora.kernels.linear_triton import linear
 from manylora.kernels.rms_norm_triton import fused_add_rms_norm, rms_norm
 from manylora.kernels.rope_and_store_triton import rope_and_store
 from tests.kernels.compiling import compiled_for_hopper
@@ -39,6 +40,7 @@ def kernels() -> dict[str, Any]:
         rms_norm(x, weight, 1e-5)
         fused_add_rms_norm(x, x.clone(), weight, 1e-5)
         silu_and_mul(x)
+        linear(x, torch.zeros(6144, 4096, dtype=BF16))
     return compiled
 
 
@@ -67,3 +69,26 @@ def test_pointwise_kernels_move_16_bytes_at_a_time(name: str, kernels: dict[str,
     assert "ld.global.v4.b32" in code
     assert "st.global.v4.b32" in code
     assert "ld.global.b16" not in code
+
+
+def test_a_few_rows_stream_the_weight(kernels: dict[str, Any]) -> None:
+    """By the tensor cores of Hopper, six tiles ahead, the first before the wait for the kernel that writes x."""
+    ptx = kernels["_linear"].asm["ptx"]
+    assert "wgmma" in ptx
+    assert (
+        "memdesc<7x64x128xbf16" in kernels["_linear"].asm["ttgir"]
+        or "memdesc<6x64x128xbf16" in kernels["_linear"].asm["ttgir"]
+    )
+    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait") < ptx.index("cp.async")
+
+
+@pytest.mark.parametrize(
+    "name", ["_rms_norm", "_fused_add_rms_norm", "_silu_and_mul", "_rope_and_store", "_linear"]
+)
+def test_a_kernel_waits_for_the_one_before_it(name: str, kernels: dict[str, Any]) -> None:
+    ptx = kernels[name].asm["ptx"]
+    assert (
+        ptx.index("griddepcontrol.wait")
+        < ptx.index("griddepcontrol.launch_dependents")
+        < ptx.index("st.global")
+    )

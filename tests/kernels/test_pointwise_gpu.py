@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from manylora.kernels.activation import silu_and_mul, silu_and_mul_reference
+from manylora.kernels.linear import linear
+from manylora.kernels.linear_triton import is_faster
 from manylora.kernels.rms_norm import (
     fused_add_rms_norm,
     fused_add_rms_norm_reference,
@@ -74,3 +76,30 @@ def test_rope_and_store(
         results.append((q, v, pool))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 17, 33, 64])
+@pytest.mark.parametrize(
+    ("out", "features"), [(6144, 4096), (4096, 14336), (28672, 4096), (1000, 328), (96, 64)]
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(with_bias: bool, out: int, features: int, num_rows: int) -> None:
+    """Replayed as a chain, in which each product starts before the kernel that writes its input has ended."""
+    x, bias = (
+        torch.randn(num_rows, features, device="cuda").bfloat16(),
+        torch.randn(out, device="cuda").bfloat16(),
+    )
+    weight = (torch.randn(out, features, device="cuda") / features**0.5).bfloat16()
+    assert is_faster(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    linear(silu_and_mul(x.repeat(1, 2)), weight, bias if with_bias else None)
+    with torch.cuda.graph(graph):
+        gated = silu_and_mul(x.repeat(1, 2))
+        y = linear(gated, weight, bias if with_bias else None)
+    for _ in range(3):
+        x.copy_(torch.randn(num_rows, features))
+        graph.replay()
+        expected = silu_and_mul_reference(x.repeat(1, 2)).double() @ weight.double().T + (
+            bias if with_bias else 0
+        )
+        torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from manylora.kernels.linear import linear
 from manylora.lora.lora_batch import LoRABatch
 from manylora.tp_worker.distributed import TPGroup
 from manylora.tp_worker.layers.shard import Shard, Shards
@@ -35,9 +35,9 @@ def linear_with_delta(
 ) -> Tensor:
     """x·weightᵀ + bias, plus the delta if the layer has one and the step any adapters."""
     if delta is None or batch is None:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     begun = delta.begin(x, batch)
-    y = F.linear(x, weight, bias)
+    y = linear(x, weight, bias)
     delta.finish(begun, y, batch)
     return y
 

@@ -1,0 +1,50 @@
+"""Programmatic dependent launch: a kernel is set up, and reads ahead, while the one before it in its stream still ends
+(CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization").
+
+A kernel launched with `overlapping` calls `wait_for_earlier` in every program and on every path. What the kernel right
+before it wrote, or still reads, it may touch only after that. It calls `let_next_start`, if at all, only after its own
+wait; so when a kernel runs, all but the one right before it have ended, and what those wrote may be read at once.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments for the launch of a kernel with the constant OVERLAPS."""
+    return {"OVERLAPS": True, "launch_pdl": True} if _supported(device) else {"OVERLAPS": False}
+
+
+@cache
+def _supported(device: torch.device) -> bool:
+    """Hopper and later have it; the interpreter knows nothing of it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_earlier(OVERLAPS: tl.constexpr):
+    """Until everything before this kernel has ended and can be read."""
+    if OVERLAPS:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start(OVERLAPS: tl.constexpr):
+    """The next kernel's programs may take what room there is once every program of this one has come here."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_to_l2(lines):
+    """Ask for the 128 bytes at each of these pointers, without waiting. Never under the interpreter."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
