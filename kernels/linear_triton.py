@@ -122,7 +122,7 @@ def _linear(
     feature = tl.arange(0, BLOCK_IN)
     weight_rows = weight + out.to(tl.int64)[:, None] * weight_stride
     if OVERLAPS and EVEN:
-        for tile in tl.static_range(PREFETCHED):
+        for tile in tl.static_range(PREFETCHED):  # pyright: ignore[reportGeneralTypeIssues]
             prefetch_to_l2(weight_rows + tile * BLOCK_IN + tl.arange(0, BLOCK_IN // LINE)[None, :] * LINE)
     wait_for_earlier(OVERLAPS)
 

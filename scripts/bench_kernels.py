@@ -4,7 +4,7 @@
 
 Each op is captured in a CUDA graph of several calls on different memory, so that neither launches nor the L2 cache are
 measured. `us` is the time of one call, median of the replays; `gbps` counts the bytes that must move, `tflops` the
-products that causality leaves. --sweep times attention with many launch configurations instead of the default one.
+products that causality leaves. --sweep times attention and products with many launch configurations instead of the default one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from triton.runtime.errors import OutOfResources
 
-from manylora.kernels import paged_decode_triton, paged_prefill_triton
+from manylora.kernels import linear_triton, paged_decode_triton, paged_prefill_triton
 from manylora.kernels.activation import silu_and_mul
 from manylora.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from manylora.kernels.rope_and_store import rope_and_store
@@ -38,6 +40,21 @@ REPLAYS = 20
 DECODE_SHAPES = [(batch, length) for length in (1024, 8192) for batch in (1, 8, 32, 64, 128, 256)]
 PREFILL_SHAPES = [(1, 8192), (8, 1024), (32, 256)]
 POINTWISE_TOKENS = (1, 64, 256, 8192)
+LINEAR_TOKENS = (1, 8, 16, 32, 48, 64, 128, 256)
+PROJECTIONS = {
+    "qkv": (HIDDEN, 6144),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (HIDDEN, 2 * INTER),
+    "down": (INTER, HIDDEN),
+    "lm_head": (HIDDEN, 128256),
+}
+LINEAR_LAUNCHES = [
+    linear_triton.Launch(64, 128, 4, 7, swapped=True),
+    linear_triton.Launch(64, 128, 4, 5, swapped=True),
+    linear_triton.Launch(128, 64, 4, 6, swapped=True),
+    linear_triton.Launch(128, 128, 8, 4, swapped=True),
+    linear_triton.Launch(32, 256, 4, 4, swapped=False),
+]
 PREFILL_LAUNCHES = [
     paged_prefill_triton.Launch(block_m, block_n, num_warps, num_stages)
     for block_m, block_n, num_warps in ((128, 64, 8), (128, 128, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4))
@@ -139,6 +156,22 @@ def gate_cases(num_tokens: int) -> Iterator[Case]:
     yield Case("silu_and_mul", {"tokens": num_tokens}, calls, num_bytes=3 * size)
 
 
+def linear_cases(num_tokens: int, sweep: bool) -> Iterator[Case]:
+    """Of every projection: the library's product and, of few rows, ours."""
+    for name, (features, outputs) in PROJECTIONS.items():
+        size = outputs * features * ITEM
+        x = random(num_tokens, features)
+        weights = [random(outputs, features) for _ in range(max(4, ROTATED_BYTES // size))]
+        shape: dict[str, Any] = {"tokens": num_tokens, "projection": name}
+        work = {"num_bytes": size, "flops": 2 * num_tokens * outputs * features}
+        calls: list[Call] = [partial(linear, x, weight) for weight in weights]
+        yield Case("linear", shape | {"launch": "library"}, calls, **work)
+        for launch in LINEAR_LAUNCHES if sweep else (None,):
+            if num_tokens <= linear_triton.MAX_ROWS:
+                calls = [partial(linear_triton.linear, x, weight, None, launch) for weight in weights]
+                yield Case("linear", shape | {"launch": launch}, calls, **work)
+
+
 def rope_cases(num_tokens: int) -> Iterator[Case]:
     cache = Cache(1, max(num_tokens, 8192))
     cos_sin = torch.rand(8192, HEAD_DIM, device="cuda")
@@ -166,6 +199,9 @@ def cases(ops: list[str], sweep: bool) -> Iterator[Case]:
     if "prefill" in ops:
         for batch, length in PREFILL_SHAPES:
             yield from prefill_cases(batch, length, PREFILL_LAUNCHES if sweep else (None,))
+    if "linear" in ops:
+        for num_tokens in LINEAR_TOKENS:
+            yield from linear_cases(num_tokens, sweep)
     for op, make in (("norm", norm_cases), ("gate", gate_cases), ("rope", rope_cases)):
         if op in ops:
             for num_tokens in POINTWISE_TOKENS:
@@ -224,13 +260,13 @@ def random(*shape: int) -> Tensor:
 
 
 def main() -> None:
-    ops = ["decode", "prefill", "norm", "gate", "rope"]
+    ops = ["decode", "prefill", "linear", "norm", "gate", "rope"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ops", nargs="+", choices=ops, default=ops)
     parser.add_argument(
-        "--sweep", action="store_true", help="many launch configurations of the attention kernels"
+        "--sweep", action="store_true", help="many launch configurations of attention and products"
     )
     parser.add_argument("--json", type=argparse.FileType("w"), help="also write the lines to this file")
     args = parser.parse_args()

@@ -210,6 +210,7 @@ def running_server(model_dir: Path | str, *args: Any, log_dir: Path, device: str
         code = server.stop()
     assert code == 0, f"exit code {code}:\n{server.log_tail()}"
     assert not server.leftovers()
+    assert "waited for a kernel to be compiled" not in server.log(), server.log_tail()
 
 
 def sse_events(response: http.client.HTTPResponse) -> Iterator[Any]:

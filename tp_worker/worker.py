@@ -51,6 +51,7 @@ from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.distributed import init_tp_group
 from manylora.tp_worker.memory_pool import PagePool, num_host_pages_that_fit, num_pages_that_fit
 from manylora.tp_worker.model_runner import ModelRunner, PendingOutput
+from manylora.tp_worker.rehearsal import Rehearsal, rehearse, report_compilations
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.weight_loader import load_model
 
@@ -102,6 +103,17 @@ class Worker:
             weights = WeightPool(geometry, pool.elements, num_slices, arena)
             attach_deltas(model, weights, self._group, config.lora.sharding)
             self._adapters = Adapters(weights, tp_rank)
+        if device.type == "cuda":
+            max_tokens = min(config.schedule.chunked_prefill_size, context_length)
+            rehearse(
+                self._runner,
+                Rehearsal(
+                    state.dummy_slot,
+                    config.schedule.max_running_requests,
+                    max_tokens,
+                    config.lora.enable_lora,
+                ),
+            )
         if device.type == "cuda" and config.schedule.cuda_graph_max_bs > 0:
             graphs = DecodeGraphs(
                 self._runner.model_step,
@@ -114,6 +126,8 @@ class Worker:
             )
             graphs.capture(show_progress=tp_rank == 0)
             self._runner.use_graphs(graphs)
+        if device.type == "cuda":
+            report_compilations()
         self.ready = WorkerReady(
             tp_rank, pool.num_pages, num_host_pages, num_slices, device.type, config.model.dtype
         )
