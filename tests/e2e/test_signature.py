@@ -34,6 +34,9 @@ class Case(NamedTuple):
     dtype: str
     num_requests: int
     device: str = "cpu"
+    max_new_tokens: int = 16
+    room: int = 1024  # tokens: too little for all that runs
+    min_tokens: int = 0  # that must have been judged in the end
 
 
 CPU = [
@@ -43,6 +46,13 @@ CPU = [
 GPU = [
     pytest.param(Case(1, "slora", dtype, 1000, "cuda"), id=f"cuda-{dtype}", marks=pytest.mark.gpu)
     for dtype in ("float32", "bfloat16")
+]
+GPU += [
+    pytest.param(
+        Case(1, "slora", "bfloat16", 6500, "cuda", max_new_tokens=400, room=16384, min_tokens=10**6),
+        id="cuda-million",
+        marks=[pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(400)],
+    )
 ]
 MULTIGPU = [
     pytest.param(
@@ -63,6 +73,7 @@ class Traffic:
     lies: list[str] = field(default_factory=list)
     token_of_version: dict[int, int] = field(default_factory=dict)
     num_cached_tokens: int = 0
+    num_judged_tokens: int = 0
 
     def judge_answer(self, name: Name | None, answer: Any, sent: float, asked: int) -> None:
         tokens, meta = answer["output_ids"], answer["meta_info"]
@@ -73,6 +84,7 @@ class Traffic:
             self.lies.append(f"{name and name.lora_name}: said {tokens}, honest were {honest}; {meta}")
         self.outcomes["answered"] += 1
         self.num_cached_tokens += meta["cached_tokens"]
+        self.num_judged_tokens += len(tokens)
 
     def judge_refusal(self, name: Name | None, reply: Any, status: int, sent: float) -> None:
         code = reply["error"].get("code")
@@ -100,15 +112,17 @@ def test_no_token_is_wrong_while_adapters_change(
         signature_models[case.dtype],
         *("--tp-size", case.tp, "--lora-sharding", case.sharding, "--dtype", case.dtype),
         *("--enable-lora", "--max-loras-per-batch", 6, "--max-loaded-loras", 12),
-        *("--max-total-tokens", 1024, "--chunked-prefill-size", 256, "--max-running-requests", 96),
+        *("--max-total-tokens", case.room, "--chunked-prefill-size", 256, "--max-running-requests", 96),
+        *("--max-queued-requests", case.num_requests),
         device=case.device,
         log_dir=tmp_path,
     ) as server:
         assert server.post("/flush_cache", {}).status == 200  # the warm-up left a prefix
         children, before = server.children(), server.ledger()
-        traffic = asyncio.run(run_traffic(server, tmp_path, case.num_requests))
+        traffic = asyncio.run(run_traffic(server, tmp_path, case))
         assert not traffic.lies, "\n".join(traffic.lies[:20])
         assert traffic.outcomes["answered"] > 0.5 * case.num_requests, traffic.outcomes
+        assert traffic.num_judged_tokens >= case.min_tokens
         assert traffic.num_cached_tokens > 0  # prefixes were found in spite of all
         server.wait_idle()
         assert server.post("/flush_cache", {}).status == 200
@@ -118,17 +132,18 @@ def test_no_token_is_wrong_while_adapters_change(
         assert server.children() == children
 
 
-async def run_traffic(server: Server, directory: Path, num_requests: int) -> Traffic:
+async def run_traffic(server: Server, directory: Path, case: Case) -> Traffic:
     """All requests at once, started over a few seconds, while two changers load, replace and unload."""
     traffic, churn = Traffic(), Churn(server.url, directory, NUM_NAMES, seed=1)
     connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=200)
+    timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         await asyncio.gather(*(churn.load(session, name) for name in churn.names if name.number % 4))
         changers = [asyncio.create_task(churn.run(session)) for _ in range(NUM_CHANGERS)]
+        gap = 8.0 / case.num_requests
         requests = [
-            one_request(server.url, session, churn, traffic, random.Random(i), delay=8.0 * i / num_requests)
-            for i in range(num_requests)
+            one_request(server.url, session, churn, traffic, random.Random(i), i * gap, case.max_new_tokens)
+            for i in range(case.num_requests)
         ]
         await asyncio.gather(*requests)
         churn.stopped = True
@@ -139,12 +154,18 @@ async def run_traffic(server: Server, directory: Path, num_requests: int) -> Tra
 
 
 async def one_request(
-    url: str, session: aiohttp.ClientSession, churn: Churn, traffic: Traffic, rng: random.Random, delay: float
+    url: str,
+    session: aiohttp.ClientSession,
+    churn: Churn,
+    traffic: Traffic,
+    rng: random.Random,
+    delay: float,
+    max_new_tokens: int,
 ) -> None:
     """One in ten asks the base model, one in ten leaves after the first token."""
     await asyncio.sleep(delay)
     name = rng.choice(churn.names) if rng.random() < 0.9 else None
-    num_tokens = rng.randint(1, 16)
+    num_tokens = rng.randint(1, max_new_tokens)
     body = {
         "input_ids": rng.choice(PROMPTS),
         "lora_path": name.lora_name if name else None,
