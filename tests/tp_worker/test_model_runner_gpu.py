@@ -91,9 +91,8 @@ def test_the_rings_come_round_and_grow() -> None:
     upload, download = Upload(device), Download(device)
     for size in (3, 70_000, 5, 200_000, 1, 8)[: RING + 2]:
         values = torch.arange(size, dtype=torch.int32)
-        host, uploaded = upload(values.numpy().tobytes())
-        columns = download({"a": uploaded.int(), "b": uploaded.float()[:1]})
+        uploaded = upload(values.numpy().tobytes())
+        columns = download({"a": uploaded, "b": uploaded.float()[:1]})
         while not columns.ready():
             pass
-        assert torch.equal(host, values)
         assert columns.to_bytes() == {"a": values.numpy().tobytes(), "b": b"\0\0\0\0"}
