@@ -50,7 +50,7 @@ def _better(best, token, vocab):
     return highest, tl.min(tl.where(best == highest, tl.minimum(token, vocab - 1), vocab - 1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_stride"])  # what graphs have compiled serves every other step too
 def _draw_greedy(
     logits,
     row_stride,
