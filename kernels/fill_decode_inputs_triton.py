@@ -74,18 +74,8 @@ def _fill_decode_inputs(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # What pages cannot change is read before anything is written: for the compiler no load may pass a store.
     lanes = tl.arange(0, BLOCK)
-    # Every program writes all pages, the same as the others do, since its rows may need any of them.
-    for first in range(0, num_pages, BLOCK):
-        entry = first + lanes
-        known = entry < num_pages
-        source = payload + first_page + entry * 3
-        slot = tl.load(source, mask=known, other=0).to(tl.int64)
-        place = tl.load(source + 1, mask=known, other=0)
-        page = tl.load(source + 2, mask=known, other=0).to(tl.int64)
-        tl.store(page_table + slot * page_table_stride + place, page, mask=known)
-    tl.debug_barrier()
-
     index = tl.program_id(0) * BLOCK + lanes
     known, inside = index < num_rows, index < bucket
     source = payload + first_row + index * 4
@@ -93,7 +83,21 @@ def _fill_decode_inputs(
     start = tl.load(source + 1, mask=known, other=0).to(tl.int64)
     num_new = tl.load(source + 2, mask=known, other=0).to(tl.int64)
     offset = tl.load(source + 3, mask=known, other=0).to(tl.int64)
+    flat = tl.program_id(0) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    segment = tl.load(payload + first_segment + flat, mask=flat < num_segments * 4, other=0).to(tl.int64)
+    slice_id = tl.load(payload + first_slice + index, mask=index < num_slices, other=0).to(tl.int64)
     token = tl.load(last_token + slot * last_token_stride, mask=inside, other=0)
+
+    # Every program writes all pages, the same as the others do, since its rows may need any of them.
+    for first in range(0, num_pages, BLOCK):
+        entry = first + lanes
+        known = entry < num_pages
+        source = payload + first_page + entry * 3
+        holder = tl.load(source, mask=known, other=0).to(tl.int64)
+        place = tl.load(source + 1, mask=known, other=0)
+        page = tl.load(source + 2, mask=known, other=0).to(tl.int64)
+        tl.store(page_table + holder * page_table_stride + place, page, mask=known)
+    tl.debug_barrier()
     page = tl.load(page_table + slot * page_table_stride + start // PAGE_SIZE, mask=inside, other=0)
     tl.store(rows + index * 4, slot, mask=inside)
     tl.store(rows + index * 4 + 1, start, mask=inside)
@@ -103,12 +107,5 @@ def _fill_decode_inputs(
     tl.store(positions + index, start, mask=inside)
     tl.store(kv_slots + index, page * PAGE_SIZE + start % PAGE_SIZE, mask=inside)
     tl.store(kv_lens + index, start + num_new, mask=inside)
-
-    known = index < num_segments
-    source = payload + first_segment + index * 4
-    for column in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
-        value = tl.load(source + column, mask=known, other=0).to(tl.int64)
-        tl.store(segments + index * 4 + column, value, mask=index < segment_room)
-    known = index < num_slices
-    value = tl.load(payload + first_slice + index, mask=known, other=0).to(tl.int64)
-    tl.store(slices + index, value, mask=known)
+    tl.store(segments + flat, segment, mask=flat < segment_room * 4)
+    tl.store(slices + index, slice_id, mask=index < num_slices)
