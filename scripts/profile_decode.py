@@ -55,7 +55,8 @@ CLASSES = {
     "gate": r"silu",
     "gemm": r"gemm|gemv|cutlass|nvjet|cublas|sm90_|splitk|aten::(mm|addmm|bmm)",
     "collective": r"nccl|all_?(reduce|gather)",
-    "sampling": r"sample|argmax|uniform|reduce",
+    "sampling": r"sample|greedy|argmax|uniform|reduce",
+    "inputs": r"fill_decode_inputs",
     "copy": r"memcpy|memset|copy",
     "index": r"index|gather|scatter",
 }

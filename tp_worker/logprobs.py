@@ -21,8 +21,8 @@ class Logprobs:
 
 
 def raw_logprobs(logits: torch.Tensor) -> torch.Tensor:
-    """(n, vocab) float32 -> (n, vocab) float32, a new tensor."""
-    return torch.log_softmax(logits, dim=-1)
+    """(n, vocab) of any floating dtype -> (n, vocab) float32, a new tensor."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 def select_logprobs(logprobs: torch.Tensor, tokens: torch.Tensor, num_top: int) -> Logprobs:

@@ -13,7 +13,6 @@ from manylora.lora.page_layout import NUM_MODULES, PoolGeometry, adapter_layout
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import OutOfMemoryError
 from manylora.runtime.model_config import ModelConfig
-from manylora.tp_worker.decode_graph import num_graph_rows
 
 GIB = 1 << 30
 CPU_POOL_BYTES = GIB  # of all ranks together; touched only as pages are used
@@ -95,7 +94,7 @@ def _cpu_pages(config: ServerConfig, geometry: PoolGeometry) -> int:
 
 
 def workspace_bytes(config: ServerConfig, model: ModelConfig, itemsize: int) -> int:
-    """A generous estimate of what steps need on a rank beside weights and pages, the decode graphs' results included."""
+    """A generous estimate of what steps need on a rank beside weights and pages, the decode graphs' logits included."""
     tp_size = config.parallel.tp_size
     # Residual, normed input, output and their fp32 shadows; fused gate_up, its activation, fused qkv.
     per_token = (
@@ -103,15 +102,11 @@ def workspace_bytes(config: ServerConfig, model: ModelConfig, itemsize: int) -> 
     )
     # fp32 logits with their gathered copy, sorted copies and fixed-point masses.
     per_sample = 40 * model.vocab_size
-    graph_rows = num_graph_rows(
-        min(config.schedule.cuda_graph_max_bs, config.schedule.max_running_requests),
-        exchanges_planes=tp_size > 1 and config.lora.sharding == "slora",
-        lora=config.lora.enable_lora,
-    )
+    graph_rows = min(config.schedule.cuda_graph_max_bs, config.schedule.max_running_requests)
     return (
         config.schedule.chunked_prefill_size * per_token
         + config.schedule.max_running_requests * per_sample
-        + graph_rows * 4 * model.vocab_size
+        + graph_rows * itemsize * model.vocab_size
     )
 
 

@@ -10,17 +10,19 @@ from typing import Protocol
 
 import torch
 
+from manylora.kernels.decode_inputs import Bounds
 from manylora.lora.lora_batch import LoRABatch
 from manylora.runtime.plan import ForwardBatch, ForwardOutput, section_bounds
-from manylora.tp_worker.decode_graph import DecodeGraphs
+from manylora.tp_worker.decode_graph import DecodeGraph, DecodeGraphs
 from manylora.tp_worker.logprobs import Logprobs, join_logprobs, raw_logprobs, select_logprobs
 from manylora.tp_worker.memory_pool import PagePool
-from manylora.tp_worker.sampler import draw_tokens
+from manylora.tp_worker.sampler import draw_tokens, only_greedy
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.step_inputs import StepInputs
 from manylora.tp_worker.transfers import Columns, Download, Upload
 
 PROMPT_LOGITS_BYTES = 1 << 28  # of fp32 logits that exist at once while prompt logprobs are computed
+_OUTSIDE_GRAPHS = ("slots", "stop_ids", "history", "copies")  # sections that a graph's inputs do not include
 
 
 class Model(Protocol):
@@ -30,8 +32,8 @@ class Model(Protocol):
         """Write the step's KV; return the last hidden state (T, hidden) after the final norm."""
         ...
 
-    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        """(n, hidden) -> (n, vocab) float32, whole on every rank."""
+    def logits(self, hidden_rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(n, hidden) -> (n, vocab) of the same dtype, whole and contiguous on every rank; in `out` where it is given."""
         ...
 
 
@@ -72,16 +74,16 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: ForwardBatch) -> PendingOutput | None:
         """Launch one step. Returns its coming result on rank 0, None on the others."""
-        _, device = self._upload(plan.payload)
+        payload = self._upload(plan.payload)
         bounds = section_bounds(plan.counts)
-        sections = {name: _view(device, *bound) for name, bound in bounds.items()}
-        self._state.apply(sections)
-        if plan.count("copies"):
-            self._pool.copy_pages(sections["copies"])
-        columns = self._decode(plan, sections) or self._forward(plan, sections)
+        graph = self._graph_of(plan)
+        if graph and _is_plain(plan):
+            columns = {"tokens": graph.replay(payload, bounds).tokens[: plan.num_rows]}
+        else:
+            columns = self._run(plan, payload, bounds, graph)
         if not self._answers:
             return None
-        columns.setdefault("tokens", device.new_empty(0, dtype=torch.int32))
+        columns.setdefault("tokens", payload.new_empty(0))
         return PendingOutput(plan.step, self._download(columns))
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
@@ -92,16 +94,25 @@ class ModelRunner:
         """The forward over this runner's cache: what a graph captures."""
         return self._model.forward(inputs, self._kv_cache)
 
-    def _decode(
-        self, plan: ForwardBatch, sections: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor] | None:
-        """A step of nothing but decode rows, by a graph; None if there is none for it."""
+    def _graph_of(self, plan: ForwardBatch) -> DecodeGraph | None:
+        """The graph for a step of nothing but decode rows, if there is one."""
         if self._graphs is None or plan.num_prefill_rows:
             return None
-        result = self._graphs.run(plan.num_rows, plan.max_slices, sections)
-        if result is None:
-            return None
-        if plan.greedy and not plan.penalties and not plan.min_new and plan.num_top < 0:
+        return self._graphs.find(plan.num_rows, plan.max_slices)
+
+    def _run(
+        self, plan: ForwardBatch, payload: torch.Tensor, bounds: Bounds, graph: DecodeGraph | None
+    ) -> dict[str, torch.Tensor]:
+        """Any step, by `graph` as far as that goes."""
+        wide = payload.long()
+        sections = {name: _view(wide, *bound) for name, bound in bounds.items()}
+        self._state.apply(sections)
+        if plan.count("copies"):
+            self._pool.copy_pages(sections["copies"])
+        if graph is None:
+            return self._forward(plan, sections)
+        result = graph.replay(payload, bounds)
+        if _takes_best(plan):
             return {"tokens": result.tokens[: plan.num_rows]}
         return self._sample(plan, sections, result.logits[: plan.num_rows])
 
@@ -158,15 +169,15 @@ class ModelRunner:
     def _sample(
         self, plan: ForwardBatch, sections: dict[str, torch.Tensor], logits: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Draw the plan's samples from their logits, which are overwritten."""
+        """Draw the plan's samples from their logits (n, vocab) of any dtype, which are overwritten."""
         row, positions = sections["samples"].unbind(1)
         slots = sections["rows"][row, 0]
         wanted = self._answers and plan.num_top >= 0
         logprobs = raw_logprobs(logits) if wanted else None  # before sampling overwrites the logits
-        tokens, finite = draw_tokens(plan, logits, self._state, slots, positions)
-        columns = {"tokens": torch.where(finite, tokens, -1).int()}
+        columns = {"tokens": draw_tokens(plan, logits, self._state, slots, positions)}
         if logprobs is not None:
-            selected = select_logprobs(logprobs, tokens, plan.num_top)
+            drawn = self._state.last_tokens(slots)  # valid ids, whatever the logits
+            selected = select_logprobs(logprobs, drawn, plan.num_top)
             columns |= {
                 "logprobs": selected.chosen,
                 "top_ids": selected.top_ids,
@@ -191,6 +202,16 @@ class ModelRunner:
             "prompt_top_ids": whole.top_ids,
             "prompt_top_logprobs": whole.top,
         }
+
+
+def _takes_best(plan: ForwardBatch) -> bool:
+    """Whether the greedy draw of a graph is all that is asked for."""
+    return only_greedy(plan) and plan.num_top < 0
+
+
+def _is_plain(plan: ForwardBatch) -> bool:
+    """Whether a decode graph takes in all that the plan says and draws all that it asks for."""
+    return _takes_best(plan) and not any(plan.count(section) for section in _OUTSIDE_GRAPHS)
 
 
 def _view(packed: torch.Tensor, start: int, count: int, width: int) -> torch.Tensor:

@@ -22,31 +22,36 @@ def draw_tokens(
     state: SlotState,
     slots: torch.Tensor,
     positions: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Draw the plan's samples and record them in their slots.
 
-    logits: (n, vocab) float32, overwritten. slots, positions: (n,) int64; a position is that of the token drawn.
-    Returns tokens (n,) int64, all valid ids, and finite (n,) bool, false where the logits allow no honest draw.
+    logits: (n, vocab) of the model's dtype, overwritten. slots, positions: (n,) int64; a position is that of the token
+    drawn. Returns (n,) int32: the tokens, -1 where the logits allow no honest draw; their slots hold some valid id then.
     """
+    if only_greedy(plan):
+        return state.draw_greedy(slots, logits)
     finite = rows_finite(logits)
-    if plan.penalties or plan.min_new or not plan.greedy:
-        columns = state.sampling(slots)
-        if plan.penalties:
-            apply_penalties(
-                logits,
-                state.counts[slots],
-                state.in_prompt[slots].bool(),
-                columns.frequency,
-                columns.presence,
-                columns.repetition,
-            )
-        if plan.min_new:
-            forbid_tokens(logits, state.stop_ids[slots], positions - columns.prompt_len < columns.min_new)
-        tokens = sample_greedy(logits) if plan.greedy else _sample(logits, columns, positions)
-    else:
-        tokens = sample_greedy(logits)
+    logits = logits.float()
+    columns = state.sampling(slots)
+    if plan.penalties:
+        apply_penalties(
+            logits,
+            state.counts[slots],
+            state.in_prompt[slots].bool(),
+            columns.frequency,
+            columns.presence,
+            columns.repetition,
+        )
+    if plan.min_new:
+        forbid_tokens(logits, state.stop_ids[slots], positions - columns.prompt_len < columns.min_new)
+    tokens = sample_greedy(logits) if plan.greedy else _sample(logits, columns, positions)
     state.record(slots, tokens, count=plan.penalties)
-    return tokens, finite
+    return torch.where(finite, tokens, -1).int()
+
+
+def only_greedy(plan: ForwardBatch) -> bool:
+    """Whether every token is the best of the model's own logits."""
+    return plan.greedy and not plan.penalties and not plan.min_new
 
 
 def _sample(logits: torch.Tensor, columns: SamplingColumns, positions: torch.Tensor) -> torch.Tensor:

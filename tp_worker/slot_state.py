@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from manylora.kernels.greedy import draw_greedy
+from manylora.kernels.greedy_work import GreedyWork
 from manylora.runtime.plan import (
     SLOT_FREQUENCY,
     SLOT_ID,
@@ -47,6 +49,7 @@ class SlotState:
         self.in_prompt = torch.zeros(num_slots, vocab_size, dtype=torch.uint8, device=device)
         self._entries = torch.zeros(num_slots, _ENTRY_WIDTH, dtype=torch.int32, device=device)
         self.last_token = self._entries[:, SLOT_LAST_TOKEN]
+        self._greedy_work = GreedyWork(num_slots, vocab_size, device)
 
     def apply(self, sections: dict[str, torch.Tensor]) -> None:
         """Take in the plan's `slots`, `stop_ids`, `history` and `pages`, each (count, width) int64."""
@@ -70,6 +73,14 @@ class SlotState:
         self.last_token.index_copy_(0, slots, tokens.int())
         if count:
             self.counts[slots, tokens] += 1
+
+    def draw_greedy(self, slots: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Draw each row's best token and remember it, without counting.
+
+        slots: (n,) int64, n at most the number of slots; logits: (n, vocab) of any floating dtype. Returns (n,) int32:
+        the tokens, -1 where the row is not finite; such a row's slot remembers some valid id.
+        """
+        return draw_greedy(logits, slots, self.last_token, self._greedy_work)
 
     def last_tokens(self, slots: torch.Tensor) -> torch.Tensor:
         """(n,) -> (n,) int64."""

@@ -26,25 +26,24 @@ class _PinnedBuffer:
 
 
 class Upload:
-    """Brings packed int32 payloads to the device."""
+    """Brings packed int32 payloads to the device: payload -> (its size,) int32."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._ring = [_PinnedBuffer() for _ in range(RING)] if device.type == "cuda" else []
         self._turn = 0
 
-    def __call__(self, payload: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the payload as int32 on the host and as int64 on the device."""
+    def __call__(self, payload: bytes) -> torch.Tensor:
         host = torch.frombuffer(bytearray(payload), dtype=torch.int32)
         if not self._ring:
-            return host, host.long()
+            return host
         slot = self._ring[self._turn]
         self._turn = (self._turn + 1) % RING
         staged = slot.take(host.numel())
         staged.copy_(host)
         on_device = staged.to(self._device, non_blocking=True)
         slot.event.record()
-        return host, on_device.long()
+        return on_device
 
 
 class Columns:
@@ -79,7 +78,8 @@ class Download:
     def __call__(self, columns: dict[str, torch.Tensor]) -> Columns:
         """Start the copy of 4-byte tensors (flattened)."""
         sizes = {name: column.numel() for name, column in columns.items()}
-        flat = torch.cat([column.reshape(-1).view(torch.int32) for column in columns.values()])
+        parts = [column.reshape(-1).view(torch.int32) for column in columns.values()]
+        flat = torch.cat(parts) if len(parts) > 1 else parts[0]
         if not self._ring:
             return Columns(flat, sizes, None)
         slot = self._ring[self._turn]

@@ -123,19 +123,18 @@ def test_a_gpu_pool_leaves_room_for_a_step_whatever_the_fraction(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("max_bs", "lora", "tp_size", "rows"),
-    [(0, True, 1, 0), (1, False, 1, 1), (6, False, 1, 13), (6, True, 1, 2 * 13), (6, True, 2, 4 * 13)],
+    ("max_bs", "lora", "tp_size", "itemsize"),
+    [(0, True, 1, 4), (1, False, 1, 4), (6, True, 1, 2), (6, True, 2, 4)],
 )
-def test_the_logits_of_every_graph_have_room(max_bs: int, lora: bool, tp_size: int, rows: int) -> None:
-    """Buckets of 1, 2, 4 and 6 rows, each without LoRA and for one bound of slices, or three between ranks."""
+def test_the_logits_that_graphs_share_have_room(max_bs: int, lora: bool, tp_size: int, itemsize: int) -> None:
     config = _with(
         schedule=ScheduleArgs(cuda_graph_max_bs=max_bs),
         lora=LoRAArgs(enable_lora=lora),
         parallel=ParallelArgs(tp_size=tp_size),
     )
     without = _with(schedule=ScheduleArgs(cuda_graph_max_bs=0), parallel=ParallelArgs(tp_size=tp_size))
-    more = memory_pool.workspace_bytes(config, MODEL, 4) - memory_pool.workspace_bytes(without, MODEL, 4)
-    assert more == rows * MODEL.vocab_size * 4
+    room, bare = (memory_pool.workspace_bytes(each, MODEL, itemsize) for each in (config, without))
+    assert room - bare == max_bs * MODEL.vocab_size * itemsize
 
 
 def test_a_gpu_without_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,8 +257,8 @@ class Poisoned:
         self._whole = model.logits
         self.num_rows = num_rows
 
-    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        logits = self._whole(hidden_rows)
+    def logits(self, hidden_rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self._whole(hidden_rows, out)
         logits[: self.num_rows, 9] = torch.nan
         return logits
 

@@ -47,13 +47,17 @@ class VocabParallelEmbedding:
 
 
 class LMHead:
-    """Hidden rows (n, hidden_size) -> logits (n, vocab_size) float32, whole and bit-identical on every rank."""
+    """Hidden rows (n, hidden_size) -> logits (n, vocab_size) of their dtype, whole and bit-identical on every rank."""
 
     def __init__(self, weight: VocabParallelWeight) -> None:
         self.weight = weight
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        local = F.linear(hidden, self.weight.rows)
-        planes = self.weight.group.all_gather(local)  # (size, n, vocab of a rank)
-        logits = planes.transpose(0, 1).flatten(1)[:, : self.weight.vocab_size]
-        return logits.float().contiguous()
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Contiguous; in `out` where it is given."""
+        weight, group = self.weight, self.weight.group
+        if group.size == 1:
+            return torch.mm(hidden, weight.rows.t(), out=out)
+        planes = group.all_gather(torch.mm(hidden, weight.rows.t()))  # (size, n, vocab of a rank)
+        each = len(weight.rows)
+        real = [plane[:, : max(0, weight.vocab_size - rank * each)] for rank, plane in enumerate(planes)]
+        return torch.cat(real, dim=1, out=out)

@@ -56,9 +56,12 @@ class Decoder:
         return self.norm.add(x, residual)
 
     @torch.inference_mode()
-    def logits(self, hidden_rows: Tensor) -> Tensor:
-        """(n, hidden_size) of `forward` -> (n, vocab_size) float32, contiguous, bit-identical on every rank."""
-        return self.lm_head(hidden_rows)
+    def logits(self, hidden_rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """(n, hidden_size) of `forward` -> (n, vocab_size) of the same dtype, contiguous, bit-identical on every rank.
+
+        `out`: where they go, if not to a new tensor.
+        """
+        return self.lm_head(hidden_rows, out)
 
     def lora_sites(self) -> Iterator[tuple[int, int, LoRALayer]]:
         """(layer, index in `lora.page_layout.SITES`, the layer object whose `lora` field takes the delta)."""
