@@ -11,7 +11,7 @@ import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 FEW_ROWS = 16  # no more than these are few
-MASKED, UNMASKED = tl.constexpr(True), tl.constexpr(False)
+MASKED = tl.constexpr(True)
 
 
 def row_tile(num_rows: int) -> int:
@@ -55,37 +55,32 @@ def attend_tile(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
+    masked,
 ):
     """Take the keys at `positions` (N,) of one row, which are in pages `page` (N,), into the softmax of q (M, BLOCK_D).
 
     acc (M, BLOCK_D), row_max and row_sum (M,) float32 are the softmax so far, returned as they are afterwards.
-    kv_cache: pointer to the KV head's part of page 0. If MASKED, query i sees positions up to visible[i], and those
-    from kv_end on are not read; else every position is seen by all.
+    kv_cache: pointer to the KV head's part of page 0. Positions from kv_end on are not read. If `masked`, query i sees
+    positions up to visible[i], else all.
     """
     in_row = positions < kv_end
     dims = tl.arange(0, BLOCK_D)
     at = kv_cache + page * page_stride + (positions.to(tl.uint32) % PAGE_SIZE).to(tl.int32) * slot_stride
     at = at[:, None] + dims[None, :]
-    k = _load_tile(at, in_row, dims, HEAD_DIM, BLOCK_D, MASKED)
+    k = _load_tile(at, in_row, dims, HEAD_DIM)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if MASKED:
+    if masked:
         scores = tl.where(positions[None, :] <= visible[:, None], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     weights = tl.exp2(scores - new_max[:, None])
     decay = tl.exp2(row_max - new_max)
     row_sum = row_sum * decay + tl.sum(weights, 1)
-    v = _load_tile(at + v_offset, in_row, dims, HEAD_DIM, BLOCK_D, MASKED)
+    v = _load_tile(at + v_offset, in_row, dims, HEAD_DIM)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new_max, row_sum
 
 
 @triton.jit
-def _load_tile(at, in_row, dims, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def _load_tile(at, in_row, dims, HEAD_DIM: tl.constexpr):
     """(N, BLOCK_D) of K or V, zero where it does not exist: 0 · NaN would be NaN."""
-    if MASKED:
-        return tl.load(at, mask=in_row[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    elif HEAD_DIM < BLOCK_D:
-        return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-    else:
-        return tl.load(at)
+    return tl.load(at, mask=in_row[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)

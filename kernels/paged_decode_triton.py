@@ -64,15 +64,9 @@ def paged_decode_attention(
     block_d = max(16, triton.next_power_of_2(head_dim))
     launch = launch or _default_launch(q.device, q.dtype, block_d, num_rows <= FEW_ROWS)
     workspace = _workspace(q.device, launch.programs, block_m, block_d)
-    source: list[Any] = [
-        q,
-        *q.stride()[:2],
-        kv_cache,
-        *kv_cache.stride()[:4],
-        page_table,
-        page_table.stride(0),
-    ]
-    source += [slots, slots.stride(0), kv_lens, kv_lens.stride(0), num_rows, scale * LOG2_E]
+    source: list[Any] = [q, *q.stride()[:2], kv_cache, *kv_cache.stride()[:4]]
+    source += [page_table, page_table.stride(0), slots, slots.stride(0), kv_lens, kv_lens.stride(0)]
+    source += [num_rows, scale * LOG2_E]
     target: list[Any] = [out, *out.stride()[:2], *workspace]
     constants: dict[str, Any] = {
         "KV_HEADS": kv_heads,

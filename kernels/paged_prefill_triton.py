@@ -15,15 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manylora.kernels.attention_tile import (
-    LOG2_E,
-    MASKED,
-    UNMASKED,
-    attend_tile,
-    find_row,
-    page_ids,
-    row_tile,
-)
+from manylora.kernels.attention_tile import LOG2_E, attend_tile, find_row, page_ids, row_tile
 
 _SHARED_BYTES = 160 << 10  # that the large blocks need, as Hopper has them
 
@@ -166,7 +158,7 @@ def _prefill(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for begin in range(0, seen_by_all, BLOCK_N):
+    for begin in range(0, kv_end, BLOCK_N):
         positions = begin + tl.arange(0, BLOCK_N)
         next_page = page_ids(pages, positions + BLOCK_N, kv_end, PAGE_SIZE)
         acc, row_max, row_sum = attend_tile(
@@ -186,31 +178,7 @@ def _prefill(
             HEAD_DIM,
             PAGE_SIZE,
             BLOCK_D,
-            UNMASKED,
-        )
-        page = next_page
-    page = page_ids(pages, seen_by_all + tl.arange(0, BLOCK_N), kv_end, PAGE_SIZE)
-    for begin in range(seen_by_all, kv_end, BLOCK_N):
-        positions = begin + tl.arange(0, BLOCK_N)
-        next_page = page_ids(pages, positions + BLOCK_N, kv_end, PAGE_SIZE)
-        acc, row_max, row_sum = attend_tile(
-            query,
-            acc,
-            row_max,
-            row_sum,
-            positions,
-            page,
-            visible,
-            kv_end,
-            scale,
-            kv_cache,
-            page_stride,
-            v_offset,
-            slot_stride,
-            HEAD_DIM,
-            PAGE_SIZE,
-            BLOCK_D,
-            MASKED,
+            begin >= seen_by_all,
         )
         page = next_page
     at = (token_offset + tokens) * out_token_stride + heads * out_head_stride
