@@ -61,18 +61,18 @@ def attend_tile(
 
     acc (M, BLOCK_D), row_max and row_sum (M,) float32 are the softmax so far, returned as they are afterwards.
     kv_cache: pointer to the KV head's part of page 0. Positions from kv_end on are not read. If `masked`, query i sees
-    positions up to visible[i], else all.
+    positions up to visible[i], else all. scale > 0.
     """
     in_row = positions < kv_end
     dims = tl.arange(0, BLOCK_D)
     at = kv_cache + page * page_stride + (positions.to(tl.uint32) % PAGE_SIZE).to(tl.int32) * slot_stride
     at = at[:, None] + dims[None, :]
     k = _load_tile(at, in_row, dims, HEAD_DIM)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if masked:
         scores = tl.where(positions[None, :] <= visible[:, None], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_max[:, None])  # one instruction, if scaled here
     decay = tl.exp2(row_max - new_max)
     row_sum = row_sum * decay + tl.sum(weights, 1)
     v = _load_tile(at + v_offset, in_row, dims, HEAD_DIM)

@@ -66,8 +66,7 @@ def paged_decode_attention(
     workspace = _workspace(q.device, launch.programs, block_m, block_d)
     source: list[Any] = [q, *q.stride()[:2], kv_cache, *kv_cache.stride()[:4]]
     source += [page_table, page_table.stride(0), slots, slots.stride(0), kv_lens, kv_lens.stride(0)]
-    source += [num_rows, scale * LOG2_E]
-    target: list[Any] = [out, *out.stride()[:2], *workspace]
+    others: list[Any] = [num_rows, scale * LOG2_E, out, *out.stride()[:2], *workspace]
     constants: dict[str, Any] = {
         "KV_HEADS": kv_heads,
         "GROUP": heads // kv_heads,
@@ -82,7 +81,7 @@ def paged_decode_attention(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-    _decode[(launch.programs,)](*source, *target, **constants)
+    _decode[(launch.programs,)](*source, *others, **constants)
 
 
 @cache
