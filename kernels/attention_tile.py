@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-MASKED, UNMASKED = tl.constexpr(True), tl.constexpr(False)
+FEW_ROWS = 16  # no more than these are few
+MASKED = tl.constexpr(True)
 
 
 def row_tile(num_rows: int) -> int:
     """The size of the tile that holds all rows' lengths: few different ones, because each is a compilation."""
-    return 32 if num_rows <= 32 else max(256, 1 << (num_rows - 1).bit_length())
+    return FEW_ROWS if num_rows <= FEW_ROWS else max(256, 1 << (num_rows - 1).bit_length())
 
 
 @triton.jit
@@ -27,16 +28,26 @@ def find_row(ends, work):
 
 
 @triton.jit
+def page_ids(pages, positions, kv_end, PAGE_SIZE: tl.constexpr):
+    """The pages of `positions` from the page table of their row; 0 for those from kv_end on.
+
+    Callers ask for the next tile's before they attend to one: keys that wait for their addresses would come late.
+    """
+    # Unsigned, here and below: a division that must round negative numbers costs more.
+    return tl.load(pages + positions.to(tl.uint32) // PAGE_SIZE, mask=positions < kv_end, other=0)
+
+
+@triton.jit
 def attend_tile(
     q,
     acc,
     row_max,
     row_sum,
     positions,
+    page,
     visible,
     kv_end,
     scale,
-    pages,
     kv_cache,
     page_stride,
     v_offset,
@@ -44,41 +55,32 @@ def attend_tile(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
+    masked,
 ):
-    """Take the keys at `positions` (N,) of one row into the softmax of q (M, BLOCK_D).
+    """Take the keys at `positions` (N,) of one row, which are in pages `page` (N,), into the softmax of q (M, BLOCK_D).
 
     acc (M, BLOCK_D), row_max and row_sum (M,) float32 are the softmax so far, returned as they are afterwards.
-    pages: pointer to the row's page table; kv_cache: pointer to the KV head's part of page 0. If MASKED, query i sees
-    positions up to visible[i], and those from kv_end on are not read; else every position is seen by all.
+    kv_cache: pointer to the KV head's part of page 0. Positions from kv_end on are not read. If `masked`, query i sees
+    positions up to visible[i], else all. scale > 0.
     """
     in_row = positions < kv_end
-    if MASKED:
-        page = tl.load(pages + positions // PAGE_SIZE, mask=in_row, other=0)
-    else:
-        page = tl.load(pages + positions // PAGE_SIZE)
     dims = tl.arange(0, BLOCK_D)
-    at = kv_cache + page * page_stride + positions % PAGE_SIZE * slot_stride
+    at = kv_cache + page * page_stride + (positions.to(tl.uint32) % PAGE_SIZE).to(tl.int32) * slot_stride
     at = at[:, None] + dims[None, :]
-    k = _load_tile(at, in_row, dims, HEAD_DIM, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if MASKED:
+    k = _load_tile(at, in_row, dims, HEAD_DIM)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if masked:
         scores = tl.where(positions[None, :] <= visible[:, None], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_max[:, None])  # one instruction, if scaled here
     decay = tl.exp2(row_max - new_max)
     row_sum = row_sum * decay + tl.sum(weights, 1)
-    v = _load_tile(at + v_offset, in_row, dims, HEAD_DIM, BLOCK_D, MASKED)
+    v = _load_tile(at + v_offset, in_row, dims, HEAD_DIM)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new_max, row_sum
 
 
 @triton.jit
-def _load_tile(at, in_row, dims, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def _load_tile(at, in_row, dims, HEAD_DIM: tl.constexpr):
     """(N, BLOCK_D) of K or V, zero where it does not exist: 0 · NaN would be NaN."""
-    if MASKED:
-        return tl.load(at, mask=in_row[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    elif HEAD_DIM < BLOCK_D:
-        return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-    else:
-        return tl.load(at)
+    return tl.load(at, mask=in_row[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)

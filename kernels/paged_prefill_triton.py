@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manylora.kernels.attention_tile import LOG2_E, MASKED, UNMASKED, attend_tile, find_row, row_tile
+from manylora.kernels.attention_tile import LOG2_E, attend_tile, find_row, page_ids, row_tile
 
 _SHARED_BYTES = 160 << 10  # that the large blocks need, as Hopper has them
 
@@ -88,10 +88,9 @@ def _default_launch(device: torch.device, dtype: torch.dtype, block_d: int, long
     block_n = min(64, 8192 // block_d)
     if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _SHARED_BYTES:
         return Launch(block_m=64, block_n=block_n // 2, num_warps=4, num_stages=3)
-    # Page ids and then K and V are loads that depend on each other: five stages are two tiles ahead.
     if long:
-        return Launch(block_m=128, block_n=block_n, num_warps=8, num_stages=5)
-    return Launch(block_m=64, block_n=block_n, num_warps=4, num_stages=5)
+        return Launch(block_m=128, block_n=block_n, num_warps=8, num_stages=3)
+    return Launch(block_m=64, block_n=block_n, num_warps=4, num_stages=3)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -148,27 +147,30 @@ def _prefill(
     tokens = tl.minimum(tokens, num_new - 1)
     heads = head * GROUP + m % GROUP
     at = (token_offset + tokens) * q_token_stride + heads * q_head_stride
+    pages = page_table + slot * page_table_stride
+    kv_end = start + tl.minimum(first + BLOCK_TOKENS, num_new)
+    page = page_ids(pages, tl.arange(0, BLOCK_N), kv_end, PAGE_SIZE)
     query = tl.load(q + at[:, None] + dims[None, :], mask=exists, other=0.0)
 
-    pages = page_table + slot * page_table_stride
     kv_cache += head * head_stride
     visible = start + tokens
-    kv_end = start + tl.minimum(first + BLOCK_TOKENS, num_new)
     seen_by_all = (start + first + 1) // BLOCK_N * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for begin in range(0, seen_by_all, BLOCK_N):
+    for begin in range(0, kv_end, BLOCK_N):
+        positions = begin + tl.arange(0, BLOCK_N)
+        next_page = page_ids(pages, positions + BLOCK_N, kv_end, PAGE_SIZE)
         acc, row_max, row_sum = attend_tile(
             query,
             acc,
             row_max,
             row_sum,
-            begin + tl.arange(0, BLOCK_N),
+            positions,
+            page,
             visible,
             kv_end,
             scale,
-            pages,
             kv_cache,
             page_stride,
             v_offset,
@@ -176,28 +178,9 @@ def _prefill(
             HEAD_DIM,
             PAGE_SIZE,
             BLOCK_D,
-            UNMASKED,
+            begin >= seen_by_all,
         )
-    for begin in range(seen_by_all, kv_end, BLOCK_N):
-        acc, row_max, row_sum = attend_tile(
-            query,
-            acc,
-            row_max,
-            row_sum,
-            begin + tl.arange(0, BLOCK_N),
-            visible,
-            kv_end,
-            scale,
-            pages,
-            kv_cache,
-            page_stride,
-            v_offset,
-            slot_stride,
-            HEAD_DIM,
-            PAGE_SIZE,
-            BLOCK_D,
-            MASKED,
-        )
+        page = next_page
     at = (token_offset + tokens) * out_token_stride + heads * out_head_stride
     attended = (acc / row_sum[:, None]).to(out.dtype.element_ty)
     tl.store(out + at[:, None] + dims[None, :], attended, mask=exists)

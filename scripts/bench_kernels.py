@@ -58,7 +58,7 @@ LINEAR_LAUNCHES = [
 PREFILL_LAUNCHES = [
     paged_prefill_triton.Launch(block_m, block_n, num_warps, num_stages)
     for block_m, block_n, num_warps in ((128, 64, 8), (128, 128, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4))
-    for num_stages in (3, 5)
+    for num_stages in (2, 3, 4)
 ]
 
 Call = Callable[[], object]
@@ -210,7 +210,17 @@ def cases(ops: list[str], sweep: bool) -> Iterator[Case]:
 
 def decode_launches() -> list[paged_decode_triton.Launch]:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    cuts = [(64, 4, 5), (64, 4, 3), (64, 8, 5), (32, 4, 5), (32, 4, 7), (32, 2, 5), (128, 8, 3), (128, 4, 3)]
+    cuts = [
+        (64, 4, 3),
+        (64, 4, 4),
+        (64, 4, 5),
+        (64, 8, 4),
+        (32, 4, 4),
+        (32, 4, 6),
+        (32, 2, 4),
+        (128, 4, 2),
+        (128, 8, 3),
+    ]
     return [
         paged_decode_triton.Launch(per_sm * sms, block_n, num_warps, num_stages)
         for block_n, num_warps, num_stages in cuts

@@ -23,19 +23,16 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 SMS = 132
 
 
+Decode = paged_decode_triton.Launch
+FEW_ROWS, MANY_ROWS = Decode(3 * SMS, 64, 4, 3), Decode(2 * SMS, 64, 4, 4)
+
+
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Any]:
-    q = torch.zeros(4, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=BF16)
-    q, k, v = q.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-    cache = torch.zeros(2, 2, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM, dtype=BF16)[:, 1]
-    table, out = torch.zeros(4, 7, dtype=torch.int64), torch.zeros(4, HEADS, HEAD_DIM, dtype=BF16)
-    rows, ids = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    q, k, v, cache = projected()
+    ids = torch.zeros(4, dtype=torch.int64)
     x, weight = torch.zeros(4, 4096, dtype=BF16), torch.zeros(4096, dtype=BF16)
-    decode = paged_decode_triton.Launch(3 * SMS, 64, 4, 5)
-    prefill = paged_prefill_triton.Launch(128, 64, 8, 5)
     with compiled_for_hopper() as compiled:
-        paged_decode_triton.paged_decode_attention(q, cache, table, rows[:, 0], ids, 1.0, out, decode)
-        paged_prefill_triton.paged_prefill_attention(q, cache, table, rows, 1.0, out, prefill)
         rope_and_store(q, k, v, torch.zeros(8, HEAD_DIM), ids, cache, ids)
         rms_norm(x, weight, 1e-5)
         fused_add_rms_norm(x, x.clone(), weight, 1e-5)
@@ -44,23 +41,64 @@ def kernels() -> dict[str, Any]:
     return compiled
 
 
-def test_every_program_of_decode_has_its_place(kernels: dict[str, Any]) -> None:
-    assert 3 * (kernels["_decode"].metadata.shared + RESERVED) <= SHARED_OF_AN_SM
+@pytest.fixture(scope="module")
+def attention() -> dict[str, Any]:
+    """`_prefill`, and `_decode` of few and of many rows."""
+    found: dict[str, Any] = {}
+    for name, launch, num_rows in (("few", FEW_ROWS, 4), ("many", MANY_ROWS, 64)):
+        q, _, _, cache = projected(num_rows)
+        table, out = torch.zeros(4, 7, dtype=torch.int64), torch.zeros_like(q)
+        rows = torch.zeros(num_rows, 4, dtype=torch.int64)
+        with compiled_for_hopper() as compiled:
+            paged_decode_triton.paged_decode_attention(
+                q, cache, table, rows[:, 0], rows[:, 1].contiguous(), 1.0, out, launch
+            )
+            prefill = paged_prefill_triton.Launch(128, 64, 8, 3)
+            paged_prefill_triton.paged_prefill_attention(q, cache, table, rows, 1.0, out, prefill)
+        found |= {f"_decode of {name}": compiled["_decode"], "_prefill": compiled["_prefill"]}
+    return found
+
+
+def projected(num_rows: int = 4) -> tuple[torch.Tensor, ...]:
+    """q, k, v as parts of one projection, and a layer of a cache."""
+    qkv = torch.zeros(num_rows, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=BF16)
+    cache = torch.zeros(2, 2, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM, dtype=BF16)[:, 1]
+    return (*qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1), cache)
+
+
+@pytest.mark.parametrize(("name", "launch"), [("_decode of few", FEW_ROWS), ("_decode of many", MANY_ROWS)])
+def test_every_program_of_decode_has_its_place(name: str, launch: Decode, attention: dict[str, Any]) -> None:
+    shared = attention[name].metadata.shared + RESERVED
+    assert launch.programs // SMS * shared <= SHARED_OF_AN_SM
 
 
 # A tensor core of Hopper still reads the tile before the one at hand: one buffer more.
-@pytest.mark.parametrize(("name", "buffers"), [("_decode", 2), ("_prefill", 3)])
+@pytest.mark.parametrize(
+    ("name", "buffers"), [("_decode of few", 2), ("_decode of many", 3), ("_prefill", 3)]
+)
 def test_keys_and_values_are_copied_while_others_are_computed(
-    name: str, buffers: int, kernels: dict[str, Any]
+    name: str, buffers: int, attention: dict[str, Any]
 ) -> None:
     """The compiler's own pipeline; with fewer stages every copy would be waited for at once."""
-    assert f"memdesc<{buffers}x64x{HEAD_DIM}xbf16" in kernels[name].asm["ttgir"]
-    assert "cp.async.cg.shared.global" in kernels[name].asm["ptx"]
-    assert kernels[name].metadata.shared + RESERVED <= SHARED_OF_AN_SM
+    assert f"memdesc<{buffers}x64x{HEAD_DIM}xbf16" in attention[name].asm["ttgir"]
+    assert "cp.async.cg.shared.global" in attention[name].asm["ptx"]
+    assert attention[name].metadata.shared + RESERVED <= SHARED_OF_AN_SM
 
 
-def test_prefill_uses_the_tensor_cores_of_hopper(kernels: dict[str, Any]) -> None:
-    assert "wgmma.mma_async" in kernels["_prefill"].asm["ptx"]
+def test_prefill_uses_the_tensor_cores_of_hopper(attention: dict[str, Any]) -> None:
+    assert "wgmma.mma_async" in attention["_prefill"].asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ["_decode of few", "_decode of many"])
+def test_partial_results_are_stored_before_they_are_counted_and_read_after(
+    name: str, attention: dict[str, Any]
+) -> None:
+    """All threads meet before one of them counts, and again before the parts are read, past this SM's own cache."""
+    before, _, after = attention[name].asm["ptx"].partition("atom.global.gpu.acq_rel.add")
+    stored = before.rindex("st.global")
+    assert "bar.sync" in before[stored:]
+    assert "ld.global.cg" not in before
+    assert "bar.sync" in after[: after.index("ld.global.cg")]
 
 
 @pytest.mark.parametrize("name", ["_rope_and_store", "_rms_norm", "_fused_add_rms_norm", "_silu_and_mul"])

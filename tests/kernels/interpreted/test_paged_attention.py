@@ -63,6 +63,21 @@ def test_decode_is_right_wherever_the_work_is_cut(programs: int) -> None:
     assert_close(out, rows.decode(q))
 
 
+@pytest.mark.parametrize("programs", [3, 5, 23])
+def test_decode_leaves_its_workspace_as_the_next_one_needs_it(programs: int) -> None:
+    """Each length in turn cuts other heads into other numbers of parts."""
+    rows = PagedRows([50, 1, 129, 16], kv_heads=2, head_dim=16, page_size=4)
+    q = torch.randn(4, 4, 16)
+    launch = DecodeLaunch(programs, block_n=16, num_warps=4, num_stages=1)
+    whole = DecodeLaunch(1, block_n=16, num_warps=4, num_stages=1)  # cuts nothing
+    for lengths in ([50, 1, 129, 16], [1, 1, 128, 0], [0, 0, 1, 0], [50, 1, 0, 3], [50, 1, 129, 16]):
+        kv_lens = torch.tensor(lengths)
+        out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+        paged_decode_attention(q, rows.kv_cache, rows.page_table, rows.slots, kv_lens, 0.25, out, launch)
+        paged_decode_attention(q, rows.kv_cache, rows.page_table, rows.slots, kv_lens, 0.25, expected, whole)
+        assert_close(out[kv_lens > 0], expected[kv_lens > 0])
+
+
 def test_decode_scores_that_exponentials_cannot_hold() -> None:
     rows = PagedRows([90], kv_heads=1, head_dim=16, page_size=16)
     q = torch.randn(1, 2, 16) * 1e4
