@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manylora.kernels.dependent_launch import overlapping, wait_for_earlier
 from manylora.kernels.greedy_work import PART, GreedyWork
 
 _LANES = 1024  # 8 a thread, thus 16 bytes at a time of 2-byte logits
@@ -35,6 +36,7 @@ def draw_greedy(logits: Tensor, slots: Tensor, last_token: Tensor, work: GreedyW
         "STEPS": PART // _LANES,
         "LANES": _LANES,
         "num_warps": _WARPS,
+        **overlapping(logits.device),
     }
     if num_rows:
         arguments: list[Any] = [logits, logits.stride(0), vocab, slots, slots.stride(0)]
@@ -68,9 +70,11 @@ def _draw_greedy(
     BLOCK_PARTS: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
+    wait_for_earlier(OVERLAPS)
     slot = tl.load(slots + row * slots_stride)
     token = part * (STEPS * LANES) + tl.arange(0, LANES)
     source = logits + row * row_stride + token

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from manylora.kernels.attention_tile import FEW_ROWS, LOG2_E, MASKED, attend_tile, page_ids, row_tile
+from manylora.kernels.dependent_launch import overlapping, wait_for_earlier
 
 _DEEP_BYTES = 104 << 10  # of shared memory, that a program of many rows takes
 _COMBINED = 4096  # numbers of partial results on their way to the program that combines them
@@ -80,6 +81,7 @@ def paged_decode_attention(
         "PARTS": max(1, min(8, _COMBINED // (block_g * block_d))),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        **overlapping(q.device),
     }
     _decode[(launch.programs,)](*source, *others, **constants)
 
@@ -128,7 +130,7 @@ def _add(row, first, length, slot, other_row, other_first, other_length, other_s
     return row + other_row, first + other_first, length + other_length, slot + other_slot
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots", "kv_lens"])
 def _decode(
     q,
     q_row_stride,
@@ -162,6 +164,7 @@ def _decode(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PARTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     program = tl.program_id(0)
     rows = tl.arange(0, BLOCK_R)
@@ -178,6 +181,7 @@ def _decode(
     m = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     real = (m < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    wait_for_earlier(OVERLAPS)
     while work < run_end:
         # All of the row at once, and page ids before the query: a load that waits for another costs half a microsecond.
         here = (ends - row_tiles <= work) & (work < ends)

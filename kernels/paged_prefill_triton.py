@@ -93,7 +93,7 @@ def _default_launch(device: torch.device, dtype: torch.dtype, block_d: int, long
     return Launch(block_m=64, block_n=block_n, num_warps=4, num_stages=3)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows"])
 def _prefill(
     q,
     q_token_stride,

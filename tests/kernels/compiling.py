@@ -47,14 +47,16 @@ def _source(kernel: JITFunction[Any], arguments: dict[str, Any], constants: dict
     for param in kernel.params:
         value = constants[param.name] if param.is_constexpr else arguments[param.name]
         at, free = (param.num,), not param.do_not_specialize
+        aligned = free and not param.do_not_specialize_on_alignment
         if param.is_constexpr or (free and isinstance(value, int) and value == 1):
             signature[param.name], values[at] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[param.name] = POINTERS[value.dtype]
-            attributes[at] = [["tt.divisibility", 16]]
+            if aligned:
+                attributes[at] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[param.name] = "i32"
-            if free and value % 16 == 0:
+            if aligned and value % 16 == 0:
                 attributes[at] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "fp32"
