@@ -91,15 +91,19 @@ def test_the_work_list(num_tokens: int) -> None:
     for start, end, entry, count in segments:
         for token in range(start, end, tile_tokens):
             tokens = min(tile_tokens, end - token)
-            tiles.append([token, tokens, entry, count])
+            tiles.append([token, tokens, entry, count, slices[entry]])
             items += [[token, tokens, slices[entry + p], p] for p in range(count)]
     work = LoRAWork(torch.tensor(segments), torch.tensor(slices), 3, num_tokens, 16)
+    work.tiles.fill_(-1)
+    work.items.fill_(-1)
     list_work(work)
-    assert work.counts.tolist() == [len(tiles), len(items)]
+    assert work.num_tiles.tolist() == [len(tiles)]
     assert len(tiles) <= work.max_tiles
     assert len(items) <= work.max_items
-    assert work.tiles[: len(tiles)].tolist() == tiles
+    assert work.tiles[: len(tiles), :5].tolist() == tiles
     assert work.items[: len(items)].tolist() == items
+    assert not work.tiles[len(tiles) :, 1].any()
+    assert not work.items[len(items) :, 1].any()
 
 
 def test_the_list_reaches_past_a_block_of_segments() -> None:

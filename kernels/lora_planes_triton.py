@@ -1,0 +1,58 @@
+"""What the kernels of `lora_expand` share: reading planes and B pieces, and adding to y."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scaled_plane(
+    plane,
+    part_stride,
+    chunk_stride,
+    token,
+    in_tile,
+    width,
+    scaling,
+    columns,
+    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """scaling · x·Aᵀ of one slice for the tile's tokens, (TILE_TOKENS, BLOCK_R) float32: the sum over chunks of what
+    the parts hold side by side. plane: pointer to the slice's and module's column of token 0."""
+    rank = tl.arange(0, BLOCK_R)
+    column = rank.to(tl.int64)
+    if PARTS > 1:
+        rows_each = tl.maximum(width // PARTS, 1)
+        column = (rank // rows_each).to(tl.int64) * part_stride + rank % rows_each
+    at = plane + token[:, None] * columns + column[None, :]
+    known = in_tile[:, None] & (rank < width)[None, :]
+    return chunk_sum(at, known, chunk_stride, CHUNKS) * scaling
+
+
+@triton.jit
+def chunk_sum(at, known, chunk_stride, CHUNKS: tl.constexpr):
+    """The sum over chunks, zero where not `known`. at: pointers into the first."""
+    hidden = tl.load(at, mask=known, other=0.0)
+    for chunk in tl.static_range(1, CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+        hidden += tl.load(at + chunk * tl.cast(chunk_stride, tl.int64), mask=known, other=0.0)
+    return hidden
+
+
+@triton.jit
+def load_b(pages, offset, width, output, size, BLOCK_R: tl.constexpr):
+    """Rows `output` of a B piece (size, width): (BLOCK_N, BLOCK_R), zero outside of it."""
+    rank = tl.arange(0, BLOCK_R)
+    at = offset + output[:, None] * width + rank[None, :]
+    return tl.load(pages + at, mask=(output < size)[:, None] & (rank < width)[None, :], other=0.0)
+
+
+@triton.jit
+def add_to(y, y_stride, acc, token, in_tile, output, size):
+    """y += acc (TILE_TOKENS, BLOCK_N) float32, rounded once."""
+    at = y + token[:, None] * y_stride + output[None, :]
+    known = in_tile[:, None] & (output < size)[None, :]
+    total = tl.load(at, mask=known, other=0.0).to(tl.float32) + acc
+    tl.store(at, total.to(y.dtype.element_ty), mask=known)
