@@ -173,7 +173,7 @@ def _lora_expand(
                 ).to(pages.dtype.element_ty)  # fmt: skip
                 for index in range(block - first_block, block_end - first_block):
                     output = index * BLOCK_N + tl.arange(0, BLOCK_N)
-                    lora_b = tl.trans(load_b(pages, offset, width, output, size, BLOCK_R))
+                    lora_b = tl.trans(load_b(pages + offset, width, output, size, BLOCK_R))
                     acc = tl.dot(hidden, lora_b, input_precision="ieee")
                     add_to(y_module, y_stride, acc, token, in_tile, output, size)
         else:
@@ -197,6 +197,6 @@ def _lora_expand(
                             part_stride, chunk_stride, token, in_tile, width, scaling,
                             columns, PARTS, CHUNKS, BLOCK_R,
                         ).to(pages.dtype.element_ty)  # fmt: skip
-                        lora_b = tl.trans(load_b(pages, offset, width, output, size, BLOCK_R))
+                        lora_b = tl.trans(load_b(pages + offset, width, output, size, BLOCK_R))
                         acc = tl.dot(hidden, lora_b, acc, input_precision="ieee")
                     add_to(y_module, y_stride, acc, token, in_tile, output, size)

@@ -29,24 +29,18 @@ def scaled_plane(
         column = (rank // rows_each).to(tl.int64) * part_stride + rank % rows_each
     at = plane + token[:, None] * columns + column[None, :]
     known = in_tile[:, None] & (rank < width)[None, :]
-    return chunk_sum(at, known, chunk_stride, CHUNKS) * scaling
-
-
-@triton.jit
-def chunk_sum(at, known, chunk_stride, CHUNKS: tl.constexpr):
-    """The sum over chunks, zero where not `known`. at: pointers into the first."""
     hidden = tl.load(at, mask=known, other=0.0)
     for chunk in tl.static_range(1, CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
         hidden += tl.load(at + chunk * tl.cast(chunk_stride, tl.int64), mask=known, other=0.0)
-    return hidden
+    return hidden * scaling
 
 
 @triton.jit
-def load_b(pages, offset, width, output, size, BLOCK_R: tl.constexpr):
-    """Rows `output` of a B piece (size, width): (BLOCK_N, BLOCK_R), zero outside of it."""
+def load_b(piece, width, output, size, BLOCK_R: tl.constexpr):
+    """Rows `output` of the B piece (size, width) at `piece`: (BLOCK_N, BLOCK_R), zero outside of it."""
     rank = tl.arange(0, BLOCK_R)
-    at = offset + output[:, None] * width + rank[None, :]
-    return tl.load(pages + at, mask=(output < size)[:, None] & (rank < width)[None, :], other=0.0)
+    at = piece + output[:, None].to(tl.int64) * width + rank[None, :]
+    return tl.load(at, mask=(output < size)[:, None] & (rank < width)[None, :], other=0.0)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ import triton.language as tl
 from manylora.kernels.lora_work import ITEM_FIELDS, Launch, LoRAWork, num_programs
 
 _PREFILL = Launch(2, 128, 4, 3)
-# For the columns of a plane in a block: a step always takes 8192 elements of A, and a warp 16 of its rows.
-_DECODE = {16: Launch(6, 512, 1, 4), 32: Launch(5, 256, 2, 4), 64: Launch(4, 128, 4, 4)}
+# By the columns of a block of planes: a warp for every 16, and as much of A in flight as shared memory has room for.
+_DECODE = {16: Launch(6, 256, 1, 4), 32: Launch(6, 128, 2, 4), 64: Launch(4, 128, 4, 3)}
 
 
 def lora_shrink(
@@ -34,7 +34,11 @@ def lora_shrink(
     features, modules = x.shape[1], offsets.shape[1]
     block_n = max(16, triton.next_power_of_2(columns))
     launch = launch or (_DECODE.get(block_n, _DECODE[64]) if work.decode else _PREFILL)
-    block_k = min(launch.block, max(16, triton.next_power_of_2(features)))
+    # Blocks are meant for elements of 2 bytes, and no wider than a chunk.
+    block_k = min(
+        launch.block * 2 // max(2, x.itemsize), triton.next_power_of_2(triton.cdiv(features, num_chunks))
+    )
+    block_k = max(16, block_k)
     grid = min(work.max_items * num_chunks, num_programs(x.device, launch.programs))
     if not grid:
         return
