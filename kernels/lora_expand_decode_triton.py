@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora.kernels.lora_planes_triton import add_to, load_b, scaled_plane
+from manylora.kernels.lora_planes_triton import add_to, can_prefetch, load_b, prefetch, scaled_plane
 from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs
 
 _MAX_MODULES = 3
 _RUN = 4  # blocks of a unit, at most
-_FEW, _MANY = Launch(4, 128, 4, 4), Launch(4, 256, 4, 4)
+_FEW, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4)
 _FEW_TILES = 8  # up to here blocks are small, so that more programs have some
 
 
@@ -45,11 +45,13 @@ def lora_expand_decode(
     num_units = work.max_tiles * sum(runs)
     if not num_units:
         return
+    # With a number of ranks that does not divide 16, widths are multiples of that number alone.
+    quantum = 8 if plane_width * parts % 16 == 0 else 1
     meta: dict[str, Any] = {
         "PARTS": parts,
         "CHUNKS": chunks,
-        # With a number of ranks that does not divide 16, widths are multiples of that number alone.
-        "QUANTUM": 8 if plane_width * parts % 16 == 0 else 1,
+        "QUANTUM": quantum,
+        "PREFETCH": quantum == 8 and can_prefetch(y.device),
         "TILE_TOKENS": work.tile_tokens,
         "TILE_FIELDS": TILE_FIELDS,
         "BLOCK_N": launch.block,
@@ -107,18 +109,22 @@ def _load_slice(
     row_at,
     plane,
     count,
+    begin,
+    end,
     token,
     in_tile,
     columns,
     PARTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     QUANTUM: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Where a slice's B piece starts, its width, and its scaled plane (TILE_TOKENS, BLOCK_R) as DTYPE; without a piece,
-    or with plane ≥ count, width and plane are zero.
+    """Where a slice's B piece starts, its width, and its scaled plane, transposed (BLOCK_R, TILE_TOKENS), in the type of
+    B; without a piece, or with plane ≥ count, width and plane are zero.
 
-    planes, offsets, widths, scalings: pointers to the module's column; row_at: to the slice's row of the slice table.
+    begin, end: the rows of B that will be read; there are some. planes, offsets, widths, scalings: pointers to the
+    module's column; row_at: to the slice's row of the slice table.
     """
     known = plane < count
     slice_row = tl.load(row_at, mask=known, other=0).to(tl.int64)
@@ -130,6 +136,9 @@ def _load_slice(
     piece = tl.multiple_of(pages + tl.where(has_piece, offset, 0), 16)
     width = tl.multiple_of(tl.where(has_piece, width, 0), QUANTUM)
     scaling = tl.where(has_piece, scaling, 0.0)
+    if PREFETCH:  # because the tile's plane, which is read next, comes before any product
+        rows = piece + tl.cast(begin, tl.int64) * width
+        prefetch(rows, (end - begin) * width * (pages.dtype.element_ty.primitive_bitwidth // 8))
     hidden = scaled_plane(
         planes + tl.cast(plane, tl.int64) * plane_stride, part_stride, chunk_stride, token, in_tile, width,
         scaling, columns, PARTS, CHUNKS, BLOCK_R,
@@ -174,6 +183,7 @@ def _lora_expand_decode(
     PARTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     QUANTUM: tl.constexpr,
+    PREFETCH: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -203,9 +213,9 @@ def _lora_expand_decode(
         count = tl.where(tokens > 0, count, 0)
         y_module = y + past_0 * size_0 + past_1 * size_1
         planes_module = planes + module * plane_width
-        offsets_module_at = offsets + module * offsets_module
-        widths_module_at = widths + module * widths_module
-        scalings_module_at = scalings + module * scalings_module
+        offsets_at = offsets + module * offsets_module
+        widths_at = widths + module * widths_module
+        scalings_at = scalings + module * scalings_module
         unit = tl.where(tokens > 0, unit + tl.num_programs(0), num_units)
 
         token = tl.arange(0, TILE_TOKENS)
@@ -213,27 +223,32 @@ def _lora_expand_decode(
         token = (first + token).to(tl.int64)
         if count <= 4:
             piece, width, hidden = _load_slice(
-                pages, planes_module, part_stride, chunk_stride, plane_stride, offsets_module_at, offsets_row,
-                widths_module_at, widths_row, scalings_module_at, scalings_row, tile + 4, 0, count,
-                token, in_tile, columns, PARTS, CHUNKS, QUANTUM, BLOCK_R,
+                pages, planes_module, part_stride, chunk_stride, plane_stride,
+                offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                tile + 4, 0, count, begin, end, token, in_tile, columns,
+                PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R,
             )  # fmt: skip
             if count > 1:
                 piece_1, width_1, hidden_1 = _load_slice(
-                    pages, planes_module, part_stride, chunk_stride, plane_stride, offsets_module_at, offsets_row,
-                    widths_module_at, widths_row, scalings_module_at, scalings_row, slices + entry + 1, 1, count,
-                    token, in_tile, columns, PARTS, CHUNKS, QUANTUM, BLOCK_R,
+                    pages, planes_module, part_stride, chunk_stride, plane_stride,
+                    offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                    slices + entry + 1, 1, count, begin, end, token, in_tile, columns,
+                    PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R,
                 )  # fmt: skip
                 piece_2, width_2, hidden_2 = _load_slice(
-                    pages, planes_module, part_stride, chunk_stride, plane_stride, offsets_module_at, offsets_row,
-                    widths_module_at, widths_row, scalings_module_at, scalings_row, slices + entry + 2, 2, count,
-                    token, in_tile, columns, PARTS, CHUNKS, QUANTUM, BLOCK_R,
+                    pages, planes_module, part_stride, chunk_stride, plane_stride,
+                    offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                    slices + entry + 2, 2, count, begin, end, token, in_tile, columns,
+                    PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R,
                 )  # fmt: skip
                 piece_3, width_3, hidden_3 = _load_slice(
-                    pages, planes_module, part_stride, chunk_stride, plane_stride, offsets_module_at, offsets_row,
-                    widths_module_at, widths_row, scalings_module_at, scalings_row, slices + entry + 3, 3, count,
-                    token, in_tile, columns, PARTS, CHUNKS, QUANTUM, BLOCK_R,
+                    pages, planes_module, part_stride, chunk_stride, plane_stride,
+                    offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                    slices + entry + 3, 3, count, begin, end, token, in_tile, columns,
+                    PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R,
                 )  # fmt: skip
-                for start in tl.range(begin, end, BLOCK_N // 4, num_stages=STAGES):
+                end = tl.where(width + width_1 + width_2 + width_3 > 0, end, begin)
+                for start in tl.range(begin, end, BLOCK_N // 4, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
                     output = start + tl.arange(0, BLOCK_N // 4)
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
                     lora_b_1 = load_b(piece_1, width_1, output, size, BLOCK_R)
@@ -245,28 +260,36 @@ def _lora_expand_decode(
                     acc = tl.dot(lora_b_3, hidden_3, acc, input_precision="ieee")
                     add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
             elif tokens == 1:
+                end = tl.where(width > 0, end, begin)
                 y_row = y_module + first.to(tl.int64) * y_stride
-                for start in tl.range(begin, tl.where(width > 0, end, begin), BLOCK_N, num_stages=STAGES):
+                for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
                     output = start + tl.arange(0, BLOCK_N)
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
                     delta = tl.sum(tl.dot(lora_b, hidden, input_precision="ieee"), 1)
                     total = tl.load(y_row + output, mask=output < size, other=0.0).to(tl.float32) + delta
                     tl.store(y_row + output, total.to(y.dtype.element_ty), mask=output < size)
             else:
-                for start in tl.range(begin, tl.where(width > 0, end, begin), BLOCK_N, num_stages=STAGES):
+                end = tl.where(width > 0, end, begin)
+                for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
                     output = start + tl.arange(0, BLOCK_N)
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
                     acc = tl.dot(lora_b, hidden, input_precision="ieee")
                     add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
         else:
-            for start in range(begin, end, BLOCK_N):
+            pieces = tl.zeros((), tl.int32)
+            for plane in range(count):
+                slice_row = tl.load(slices + entry + plane).to(tl.int64)
+                pieces += (tl.load(offsets_at + slice_row * offsets_row) >= 0).to(tl.int32)
+            for start in range(begin, tl.where(pieces > 0, end, begin), BLOCK_N):
                 output = start + tl.arange(0, BLOCK_N)
+                start_end = tl.minimum(start + BLOCK_N, end)
                 acc = tl.zeros((BLOCK_N, TILE_TOKENS), tl.float32)
                 for plane in range(count):
                     piece, width, hidden = _load_slice(
-                        pages, planes_module, part_stride, chunk_stride, plane_stride, offsets_module_at, offsets_row,
-                        widths_module_at, widths_row, scalings_module_at, scalings_row, slices + entry + plane, plane, count,
-                        token, in_tile, columns, PARTS, CHUNKS, QUANTUM, BLOCK_R,
+                        pages, planes_module, part_stride, chunk_stride, plane_stride,
+                        offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                        slices + entry + plane, plane, count, start, start_end, token, in_tile, columns,
+                        PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R,
                     )  # fmt: skip
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
                     acc = tl.dot(lora_b, hidden, acc, input_precision="ieee")

@@ -2,8 +2,43 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from triton import knobs
+
+
+@cache
+def can_prefetch(device: torch.device) -> bool:
+    """Whether the GPU has the instruction of `prefetch`; kernels of no GPU are compiled for one that has, or interpreted."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (9, 0)
+    return not knobs.runtime.interpret
+
+
+@triton.jit
+def prefetch(at, num_bytes):
+    """Start bringing memory into the L2 cache, without waiting for it. Both arguments are multiples of 16."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .u32 thread;
+            .reg .pred is_first, has_some;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 is_first, thread, 0;
+            setp.gt.and.s32 has_some, $2, 0, is_first;
+            @has_some cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [at.to(tl.int64), num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -15,7 +15,7 @@ DECODE_TOKENS = 256  # up to here a step counts as decode: adapters are many, th
 DECODE_TILE, PREFILL_TILE = 8, 64
 TILE_FIELDS, ITEM_FIELDS = 8, 4  # integers of each; whole sectors of memory
 # The fewer tiles a decode step can have, the more chunks keep its programs busy: (at most so many tokens, chunks).
-_DECODE_CHUNKS, _PREFILL_CHUNKS = ((8, 32), (32, 16), (DECODE_TOKENS, 8)), 4
+_DECODE_CHUNKS, _PREFILL_CHUNKS = ((32, 16), (DECODE_TOKENS, 8)), 4
 _MIN_CHUNK = 128  # input features
 _FULL_TILES = 64  # with as many prefill tiles a GPU is full without chunks
 

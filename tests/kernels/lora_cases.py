@@ -19,7 +19,7 @@ from manylora.kernels.lora_work_triton import list_work
 
 NAN = float("nan")
 PATTERNS = ("distinct", "uniform", "zipf", "identical", "skewed")
-RANKS = (8, 16, 64, 1, 24, 40, 33)
+RANKS = (8, 16, 64, 1, 24, 40, 33, 80)
 
 
 def popular_runs(
