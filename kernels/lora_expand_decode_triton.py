@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from manylora.kernels.lora_planes_triton import add_to, can_prefetch, load_b, prefetch, scaled_plane
-from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs
+from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs, registers
 
 _MAX_MODULES = 3
 _RUN = 4  # blocks of a unit, at most
@@ -39,8 +39,8 @@ def lora_expand_decode(
     launch = launch or (_FEW if work.max_tiles <= _FEW_TILES else _MANY)
     programs = num_programs(y.device, launch.programs)
     blocks = [triton.cdiv(size, launch.block) for size in out_sizes]
-    run = max(1, min(_RUN, work.max_tiles * sum(blocks) // programs))
-    runs = [triton.cdiv(count, run) for count in blocks] + [0] * (_MAX_MODULES - modules)
+    run, runs = _shortest_runs(blocks, programs // max(1, work.max_tiles))
+    runs += [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
     num_units = work.max_tiles * sum(runs)
     if not num_units:
@@ -59,6 +59,7 @@ def lora_expand_decode(
         "STAGES": launch.num_stages,
         "num_warps": launch.num_warps,
         "num_stages": 1,  # of the loops that do not say otherwise
+        "maxnreg": registers(launch),
     }
     _lora_expand_decode[(min(num_units, programs),)](
         planes,
@@ -91,6 +92,16 @@ def lora_expand_decode(
         plane_width,
         **meta,
     )
+
+
+def _shortest_runs(blocks: list[int], programs: int) -> tuple[int, list[int]]:
+    """How many blocks make a unit, and units of each module: as short as `programs` of a tile can take one each, or as
+    long as they may be, since a program's next unit waits for the one before it."""
+    for run in range(1, _RUN):
+        runs = [triton.cdiv(count, run) for count in blocks]
+        if sum(runs) <= programs:
+            return run, runs
+    return _RUN, [triton.cdiv(count, _RUN) for count in blocks]
 
 
 @triton.jit

@@ -17,6 +17,7 @@ TILE_FIELDS, ITEM_FIELDS = 8, 4  # integers of each; whole sectors of memory
 # The fewer tiles a decode step can have, the more chunks keep its programs busy: (at most so many tokens, chunks).
 _DECODE_CHUNKS, _PREFILL_CHUNKS = ((32, 16), (DECODE_TOKENS, 8)), 4
 _MIN_CHUNK = 128  # input features
+_REGISTERS = 1 << 16  # of a multiprocessor
 _FULL_TILES = 64  # with as many prefill tiles a GPU is full without chunks
 
 
@@ -103,3 +104,8 @@ def num_programs(device: torch.device, each: int) -> int:
     if device.type != "cuda":
         return 5
     return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def registers(launch: Launch) -> int:
+    """Of a thread, at most, so that as many programs as are launched fit on a multiprocessor."""
+    return min(255, _REGISTERS // (launch.programs * launch.num_warps * 32) // 8 * 8)

@@ -42,6 +42,7 @@ SWEPT_OPS = ("shrink", "expand")
 EXPAND_LAUNCHES = [
     Launch(4, 256, 4, 4),
     Launch(4, 256, 4, 3),
+    Launch(5, 256, 4, 4),
     Launch(3, 256, 4, 5),
     Launch(4, 128, 2, 4),
     Launch(8, 128, 2, 3),
