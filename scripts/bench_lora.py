@@ -46,7 +46,7 @@ EXPAND_LAUNCHES = [
     Launch(3, 256, 4, 5),
     Launch(4, 128, 2, 4),
     Launch(8, 128, 2, 3),
-    Launch(4, 512, 4, 3),
+    Launch(3, 512, 4, 3),
     Launch(2, 512, 8, 4),
     Launch(3, 512, 8, 3),
 ]

@@ -72,6 +72,16 @@ def test_decode_steps(site: Site, num_tokens: int, pattern: str) -> None:
     check(site, popular_runs(pattern, num_tokens, len(RANKS)))
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_decode_step_with_planes_gathered_from_ranks(dtype: torch.dtype, parts: int) -> None:
+    site = Site(512, (1032, 520), RANKS[:8], dtype, "cuda", ABSENT[:3])
+    runs = popular_runs("zipf", 40, 8)
+    x, y = random_step(site, 40)
+    expected = site.expected(runs, x, y)
+    site.apply(site.work(runs, padding=3, room=2), x, y, parts)
+    assert_near(y.cpu(), expected)
+
+
 @pytest.mark.parametrize("num_tokens", [300, 2048])
 def test_prefill_steps(site: Site, num_tokens: int) -> None:
     """A prompt with decode rows behind it, then prompts of odd lengths."""
