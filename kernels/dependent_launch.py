@@ -9,6 +9,7 @@ wait; so when a kernel runs, all but the one right before it have ended, and wha
 from __future__ import annotations
 
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+NOT_OVERLAPPING = MappingProxyType({"OVERLAPS": False})  # for the launch of a kernel with that constant
+
 
 def overlapping(device: torch.device) -> dict[str, Any]:
     """Keyword arguments for the launch of a kernel with the constant OVERLAPS."""
-    return {"OVERLAPS": True, "launch_pdl": True} if _supported(device) else {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True} if _supported(device) else {**NOT_OVERLAPPING}
 
 
 @cache

@@ -14,6 +14,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_cuda:
         from manylora.kernels import linear_triton
 
-        if linear_triton.is_faster(x, weight):
+        if linear_triton.is_faster(x):
             return linear_triton.linear(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -41,8 +41,8 @@ _FEW_OUTPUTS = Launch(32, 256, 4, 4, swapped=False)
 _MANY_OUTPUTS = Launch(128, 64, 4, 6, swapped=True)
 
 
-def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Than cuBLAS: measured on an H200 (docs/benchmarks.md)."""
+def is_faster(x: Tensor) -> bool:
+    """Whether it is, than cuBLAS, for these rows: measured on an H200 (docs/benchmarks.md)."""
     return x.dtype.itemsize == 2 and 0 < x.shape[0] <= MAX_ROWS and _is_hopper(x.device)
 
 
@@ -125,6 +125,7 @@ def _linear(
         for tile in tl.static_range(PREFETCHED):  # pyright: ignore[reportGeneralTypeIssues]
             prefetch_to_l2(weight_rows + tile * BLOCK_IN + tl.arange(0, BLOCK_IN // LINE)[None, :] * LINE)
     wait_for_earlier(OVERLAPS)
+    let_next_start(OVERLAPS)  # a shrink of the same x may run beside this
 
     known_row, known_out = row < num_rows, out < out_features
     x_rows = x + row[:, None] * x_stride
@@ -139,7 +140,6 @@ def _linear(
             tile_x = tl.load(x_rows + at, mask=known_row[:, None] & inside, other=0.0)
             tile_w = tl.load(weight_rows + at, mask=known_out[:, None] & inside, other=0.0)
         acc = tl.dot(tile_w, tl.trans(tile_x), acc) if SWAPPED else tl.dot(tile_x, tl.trans(tile_w), acc)
-    let_next_start(OVERLAPS)
     if SWAPPED:
         acc = tl.trans(acc)
     if HAS_BIAS:

@@ -8,10 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora.kernels.lora_work import Launch, LoRAWork, num_programs
+from manylora.kernels.lora_expand_decode_triton import lora_expand_decode
+from manylora.kernels.lora_planes_triton import add_to, load_b, scaled_plane
+from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs
 
 _MAX_MODULES = 3
-_DECODE, _PREFILL = Launch(4, 128, 4, 4), Launch(2, 128, 8, 3)
+_PREFILL = Launch(2, 128, 8, 3)
 
 
 def lora_expand(
@@ -24,17 +26,22 @@ def lora_expand(
     y: torch.Tensor,
     out_sizes: tuple[int, ...],
     launch: Launch | None = None,
+    beside: bool = False,
 ) -> None:
     """As `kernels.lora_expand`, but for what follows.
 
     `work` is listed, and stands for segments and slices. planes: (parts, chunks, slices, T, modules · plane width), to
     be summed over `chunks`. scaling · plane is rounded to y's dtype before the product with Bᵀ. Every offset is a
-    multiple of 32.
+    multiple of 32. beside: the two launches right before this one are the product y, by `linear_triton`, and `lora_shrink`
+    beside it; for decode steps.
     """
+    if work.decode:
+        lora_expand_decode(planes, pages, offsets, widths, scalings, work, y, out_sizes, launch, beside)
+        return
     parts, chunks, _, _, columns = planes.shape
     modules = len(out_sizes)
     plane_width = columns // modules
-    launch = launch or (_DECODE if work.decode else _PREFILL)
+    launch = launch or _PREFILL
     blocks = [triton.cdiv(size, launch.block) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
     grid = min(work.max_tiles * sum(blocks), num_programs(y.device, launch.programs))
@@ -46,6 +53,7 @@ def lora_expand(
         # With a number of ranks that does not divide 16, widths are multiples of that number alone.
         "QUANTUM": 8 if plane_width * parts % 16 == 0 else 1,
         "TILE_TOKENS": work.tile_tokens,
+        "TILE_FIELDS": TILE_FIELDS,
         "BLOCK_N": launch.block,
         "BLOCK_R": max(16, triton.next_power_of_2(plane_width * parts)),
         "num_warps": launch.num_warps,
@@ -67,7 +75,7 @@ def lora_expand(
         scalings.stride(0),
         scalings.stride(1),
         work.tiles,
-        work.counts,
+        work.num_tiles,
         work.slices,
         y,
         y.stride(0),
@@ -83,53 +91,9 @@ def lora_expand(
     )
 
 
-@triton.jit
-def _scaled_plane(
-    plane,
-    part_stride,
-    chunk_stride,
-    token,
-    in_tile,
-    width,
-    scaling,
-    columns,
-    PARTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """scaling · x·Aᵀ of one slice for the tile's tokens, (TILE_TOKENS, BLOCK_R) float32: the sum over chunks of what
-    the parts hold side by side. plane: pointer to the slice's and module's column of token 0."""
-    rank = tl.arange(0, BLOCK_R)
-    column = rank.to(tl.int64)
-    if PARTS > 1:
-        rows_each = tl.maximum(width // PARTS, 1)
-        column = (rank // rows_each).to(tl.int64) * part_stride + rank % rows_each
-    at = plane + token[:, None] * columns + column[None, :]
-    known = in_tile[:, None] & (rank < width)[None, :]
-    hidden = tl.load(at, mask=known, other=0.0)
-    for chunk in tl.static_range(1, CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
-        hidden += tl.load(at + chunk * tl.cast(chunk_stride, tl.int64), mask=known, other=0.0)
-    return hidden * scaling
-
-
-@triton.jit
-def _load_b(pages, offset, width, output, size, BLOCK_R: tl.constexpr):
-    """Rows `output` of a B piece (size, width), transposed: (BLOCK_R, BLOCK_N), zero outside of it."""
-    rank = tl.arange(0, BLOCK_R)
-    at = offset + output[:, None] * width + rank[None, :]
-    return tl.trans(tl.load(pages + at, mask=(output < size)[:, None] & (rank < width)[None, :], other=0.0))
-
-
-@triton.jit
-def _add_to(y, y_stride, acc, token, in_tile, output, size):
-    at = y + token[:, None] * y_stride + output[None, :]
-    known = in_tile[:, None] & (output < size)[None, :]
-    total = tl.load(at, mask=known, other=0.0).to(tl.float32) + acc
-    tl.store(at, total.to(y.dtype.element_ty), mask=known)
-
-
 @triton.jit(
-    do_not_specialize=["part_stride", "chunk_stride", "plane_stride", "blocks_0", "blocks_1", "blocks_2"]
+    do_not_specialize=["part_stride", "chunk_stride", "plane_stride", "blocks_0", "blocks_1", "blocks_2"],
+    do_not_specialize_on_alignment=["slices"],
 )
 def _lora_expand(
     planes,
@@ -147,7 +111,7 @@ def _lora_expand(
     scalings_row,
     scalings_module,
     tiles,
-    counts,
+    num_tiles,
     slices,
     y,
     y_stride,
@@ -163,6 +127,7 @@ def _lora_expand(
     CHUNKS: tl.constexpr,
     QUANTUM: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
+    TILE_FIELDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -172,12 +137,12 @@ def _lora_expand(
     has one slice, its plane.
     """
     num_blocks = blocks_0 + blocks_1 + blocks_2
-    total = tl.load(counts) * num_blocks
+    total = tl.load(num_tiles) * num_blocks
     each = tl.cdiv(total, tl.num_programs(0))
     unit = tl.program_id(0) * each
     end = tl.minimum(unit + each, total)
     while unit < end:
-        tile = tiles + unit // num_blocks * 4
+        tile = tiles + unit // num_blocks * TILE_FIELDS
         first, tokens = tl.load(tile), tl.load(tile + 1)
         entry, count = tl.load(tile + 2), tl.load(tile + 3)
         token = tl.arange(0, TILE_TOKENS)
@@ -205,15 +170,15 @@ def _lora_expand(
             if offset >= 0:
                 width = tl.multiple_of(tl.load(widths_at + slice_row * widths_row), QUANTUM)
                 scaling = tl.load(scalings_at + slice_row * scalings_row)
-                hidden = _scaled_plane(
+                hidden = scaled_plane(
                     planes_module, part_stride, chunk_stride, token, in_tile, width, scaling,
                     columns, PARTS, CHUNKS, BLOCK_R,
                 ).to(pages.dtype.element_ty)  # fmt: skip
                 for index in range(block - first_block, block_end - first_block):
                     output = index * BLOCK_N + tl.arange(0, BLOCK_N)
-                    lora_b = _load_b(pages, offset, width, output, size, BLOCK_R)
+                    lora_b = tl.trans(load_b(pages + offset, width, output, size, BLOCK_R))
                     acc = tl.dot(hidden, lora_b, input_precision="ieee")
-                    _add_to(y_module, y_stride, acc, token, in_tile, output, size)
+                    add_to(y_module, y_stride, acc, token, in_tile, output, size)
         else:
             pieces = tl.zeros((), tl.int32)
             for plane in range(count):
@@ -230,11 +195,11 @@ def _lora_expand(
                         width = tl.multiple_of(tl.where(offset >= 0, width, 0), QUANTUM)
                         scaling = tl.load(scalings_at + slice_row * scalings_row)
                         scaling = tl.where(offset >= 0, scaling, 0.0)
-                        hidden = _scaled_plane(
+                        hidden = scaled_plane(
                             planes_module + tl.cast(plane, tl.int64) * plane_stride,
                             part_stride, chunk_stride, token, in_tile, width, scaling,
                             columns, PARTS, CHUNKS, BLOCK_R,
                         ).to(pages.dtype.element_ty)  # fmt: skip
-                        lora_b = _load_b(pages, offset, width, output, size, BLOCK_R)
+                        lora_b = tl.trans(load_b(pages + offset, width, output, size, BLOCK_R))
                         acc = tl.dot(hidden, lora_b, acc, input_precision="ieee")
-                    _add_to(y_module, y_stride, acc, token, in_tile, output, size)
+                    add_to(y_module, y_stride, acc, token, in_tile, output, size)

@@ -8,9 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora.kernels.lora_work import Launch, LoRAWork, num_programs
+from manylora.kernels.dependent_launch import NOT_OVERLAPPING, let_next_start, overlapping, wait_for_earlier
+from manylora.kernels.lora_work import ITEM_FIELDS, Launch, LoRAWork, num_programs
 
-_DECODE, _PREFILL = Launch(3, 128, 4, 4), Launch(2, 128, 4, 3)
+_PREFILL = Launch(2, 128, 4, 3)
+# By the columns of a block of planes: a warp for every 16, and as much of A in flight as shared memory has room for.
+_DECODE = {16: Launch(6, 256, 1, 4), 32: Launch(6, 128, 2, 4), 64: Launch(4, 128, 4, 3)}
 
 
 def lora_shrink(
@@ -22,16 +25,23 @@ def lora_shrink(
     planes: torch.Tensor,
     split: int,
     launch: Launch | None = None,
+    beside: bool = False,
 ) -> None:
     """As `kernels.lora_shrink`, but for what follows.
 
     `work` is listed, and stands for segments and slices. planes: (chunks, slices, T, modules · plane width): each plane
     is the sum over `chunks`, every one of which covers a part of x's columns. Every offset is a multiple of 32.
+    beside: the launch right before this one is the product of the same x, by `linear_triton`; the two run side by side.
     """
     num_chunks, _, num_tokens, columns = planes.shape
     features, modules = x.shape[1], offsets.shape[1]
-    launch = launch or (_DECODE if work.decode else _PREFILL)
-    block_k = min(launch.block, max(16, triton.next_power_of_2(features)))
+    block_n = max(16, triton.next_power_of_2(columns))
+    launch = launch or (_DECODE.get(block_n, _DECODE[64]) if work.decode else _PREFILL)
+    # Blocks are meant for elements of 2 bytes, and no wider than a chunk.
+    block_k = min(
+        launch.block * 2 // max(2, x.itemsize), triton.next_power_of_2(triton.cdiv(features, num_chunks))
+    )
+    block_k = max(16, block_k)
     grid = min(work.max_items * num_chunks, num_programs(x.device, launch.programs))
     if not grid:
         return
@@ -43,10 +53,14 @@ def lora_shrink(
         "CHUNKS": num_chunks,
         "CHUNK": triton.cdiv(triton.cdiv(features, num_chunks), block_k) * block_k,
         "TILE_TOKENS": work.tile_tokens,
-        "BLOCK_N": max(16, triton.next_power_of_2(columns)),
+        "ITEM_FIELDS": ITEM_FIELDS,
+        # Tensor cores take 16 rows of A with 8 tokens, but not 8 tokens with columns of A.
+        "A_FIRST": work.decode,
+        "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        **(overlapping(x.device) if beside else NOT_OVERLAPPING),
     }
     _lora_shrink[(grid,)](
         x,
@@ -59,7 +73,7 @@ def lora_shrink(
         widths.stride(0),
         widths.stride(1),
         work.items,
-        work.counts,
+        work.max_items * num_chunks,
         planes,
         num_tokens,
         planes.stride(0),
@@ -68,7 +82,7 @@ def lora_shrink(
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "chunk_stride", "plane_stride"])
+@triton.jit(do_not_specialize=["num_units", "num_tokens", "chunk_stride", "plane_stride"])
 def _lora_shrink(
     x,
     x_stride,
@@ -80,7 +94,7 @@ def _lora_shrink(
     widths_row,
     widths_module,
     items,
-    counts,
+    num_units,
     planes,
     num_tokens,
     chunk_stride,
@@ -92,21 +106,33 @@ def _lora_shrink(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
+    ITEM_FIELDS: tl.constexpr,
+    A_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """A unit of work is one chunk of one item: a (TILE_TOKENS, BLOCK_N) block of one plane, all modules side by side."""
+    """A unit of work is one chunk of one item: a (TILE_TOKENS, BLOCK_N) block of one plane, all modules side by side.
+
+    A program is done at the first unit without tokens: its later ones are further down the list.
+
+    If it OVERLAPS the product before it, x is older than that and ready; all this has to wait for is its own end, so that
+    what comes next finds both ended. What comes next may only read weights and lists before its own wait.
+    """
+    let_next_start(OVERLAPS)
     column = tl.arange(0, BLOCK_N)
     module, row = column // PLANE_WIDTH, column % PLANE_WIDTH
     in_plane = module < MODULES
-    for unit in range(tl.program_id(0), tl.load(counts + 1) * CHUNKS, tl.num_programs(0)):
-        item = items + unit // CHUNKS * 4
-        chunk = tl.cast(unit, tl.int32) % CHUNKS
+    unit = tl.program_id(0)
+    while unit < num_units:
+        item = items + unit // CHUNKS * ITEM_FIELDS
+        chunk = unit % CHUNKS
         first, tokens = tl.load(item), tl.load(item + 1)
         slice_row, plane = tl.load(item + 2).to(tl.int64), tl.load(item + 3).to(tl.int64)
+        in_list = in_plane & (column < tl.where(tokens > 0, BLOCK_N, 0))
 
-        offset = tl.load(offsets + slice_row * offsets_row + module * offsets_module, mask=in_plane, other=-1)
-        width = tl.load(widths + slice_row * widths_row + module * widths_module, mask=in_plane, other=0)
+        offset = tl.load(offsets + slice_row * offsets_row + module * offsets_module, mask=in_list, other=-1)
+        width = tl.load(widths + slice_row * widths_row + module * widths_module, mask=in_list, other=0)
         stored = (offset >= 0) & (row < width // SPLIT)
         lora_a = pages + tl.multiple_of(offset, 32) + row * FEATURES
         token = tl.arange(0, TILE_TOKENS)
@@ -114,18 +140,27 @@ def _lora_shrink(
         token = (first + token).to(tl.int64)
         rows_x = x + token * x_stride
 
-        acc = tl.zeros((TILE_TOKENS, BLOCK_N), tl.float32)
-        for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, FEATURES), BLOCK_K):
+        begin = chunk * CHUNK
+        past = tl.where(tokens > 0, tl.minimum(begin + CHUNK, FEATURES), begin)
+        acc = tl.zeros((BLOCK_N, TILE_TOKENS) if A_FIRST else (TILE_TOKENS, BLOCK_N), tl.float32)
+        for start in range(begin, past, BLOCK_K):
             feature = start + tl.arange(0, BLOCK_K)
             known = feature < FEATURES
-            block_x = tl.load(
-                rows_x[:, None] + feature[None, :], mask=in_tile[:, None] & known[None, :], other=0.0
-            )
             block_a = tl.load(
                 lora_a[:, None] + feature[None, :], mask=stored[:, None] & known[None, :], other=0.0
             )
-            acc = tl.dot(block_x, tl.trans(block_a), acc, input_precision="ieee")
+            block_x = tl.load(
+                rows_x[:, None] + feature[None, :], mask=in_tile[:, None] & known[None, :], other=0.0
+            )
+            if A_FIRST:
+                acc = tl.dot(block_a, tl.trans(block_x), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(block_x, tl.trans(block_a), acc, input_precision="ieee")
 
+        if A_FIRST:
+            acc = tl.trans(acc)
         target = planes + tl.cast(chunk, tl.int64) * chunk_stride + plane * plane_stride
         target += token[:, None] * (MODULES * PLANE_WIDTH) + column[None, :]
         tl.store(target, acc, mask=in_tile[:, None] & stored[None, :])
+        unit = tl.where(tokens > 0, unit + tl.num_programs(0), num_units)
+    wait_for_earlier(OVERLAPS)

@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 
 DECODE_TOKENS = 256  # up to here a step counts as decode: adapters are many, their tokens few
-DECODE_TILE, PREFILL_TILE = 16, 64
-_DECODE_CHUNKS, _PREFILL_CHUNKS = 8, 4
+DECODE_TILE, PREFILL_TILE = 8, 64
+TILE_FIELDS, ITEM_FIELDS = 8, 4  # integers of each; whole sectors of memory
+# The fewer tiles a decode step can have, the more chunks keep its programs busy: (at most so many tokens, chunks).
+_DECODE_CHUNKS, _PREFILL_CHUNKS = ((32, 16), (DECODE_TOKENS, 8)), 4
 _MIN_CHUNK = 128  # input features
+_REGISTERS = 1 << 16  # of a multiprocessor
 _FULL_TILES = 64  # with as many prefill tiles a GPU is full without chunks
 
 
@@ -22,7 +25,7 @@ class Launch(NamedTuple):
     """How a kernel is launched: what is measured, not derived."""
 
     programs: int  # for every multiprocessor
-    block: int  # input features of a shrink's step, outputs of an expand's
+    block: int  # input features that a shrink takes at once, outputs that an expand does
     num_warps: int
     num_stages: int
 
@@ -37,9 +40,11 @@ class LoRAWork:
     plane_columns: the most columns of a plane that any site needs.
     lender: an older one, never in use at the same time, whose memory for planes is used if it is large enough.
 
-    tiles: (max_tiles, 4) int32: first token, tokens (≤ tile_tokens), first entry in `slices`, number of slices.
-    items: (max_items, 4) int32: first token, tokens, row of the slice table, plane: one for each slice of each tile.
-    counts: (2,) int32: how many tiles and items there are.
+    tiles: (max_tiles, TILE_FIELDS) int32: first token, tokens (≤ tile_tokens), first entry in `slices`, number of slices,
+        and what that entry is: the first slice's row of the slice table. The other fields are undefined.
+    items: (max_items, ITEM_FIELDS) int32: first token, tokens, row of the slice table, plane: one for each slice of each
+        tile. Behind the last tile and the last item, `tokens` is 0.
+    num_tiles: (1,) int32.
     """
 
     def __init__(
@@ -60,9 +65,9 @@ class LoRAWork:
         self.tile_tokens = DECODE_TILE if self.decode else PREFILL_TILE
         self.max_tiles = min(num_tokens, num_tokens // self.tile_tokens + len(segments))
         self.max_items = self.max_tiles * max_slices
-        self.tiles = torch.empty((self.max_tiles, 4), dtype=torch.int32, device=device)
-        self.items = torch.empty((self.max_items, 4), dtype=torch.int32, device=device)
-        self.counts = torch.empty(2, dtype=torch.int32, device=device)
+        self.tiles = torch.empty((self.max_tiles, TILE_FIELDS), dtype=torch.int32, device=device)
+        self.items = torch.empty((self.max_items, ITEM_FIELDS), dtype=torch.int32, device=device)
+        self.num_tiles = torch.empty(1, dtype=torch.int32, device=device)
         self._plane_elements = max_slices * num_tokens * plane_columns
         size = self._num_chunks() * self._plane_elements
         if lender is not None and lender._planes.numel() >= size:
@@ -78,14 +83,18 @@ class LoRAWork:
         shape = (self._num_chunks(features), self.max_slices, self.num_tokens, columns)
         return self._planes[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
 
-    def _num_chunks(self, features: int = _DECODE_CHUNKS * _MIN_CHUNK) -> int:
-        """Into how many chunks of its input features a shrink is split, so that enough programs have work.
+    def _num_chunks(self, features: int | None = None) -> int:
+        """Into how many chunks of its input features a shrink is split, so that enough programs have work; the most
+        that any site has, if `features` is None.
 
         Few different numbers, because each is a compilation of both kernels.
         """
-        if not self.decode and self.num_tokens >= _FULL_TILES * self.tile_tokens:
-            return 1
-        most = _DECODE_CHUNKS if self.decode else _PREFILL_CHUNKS
+        if self.decode:
+            most = next(chunks for tokens, chunks in _DECODE_CHUNKS if self.num_tokens <= tokens)
+        else:
+            most = 1 if self.num_tokens >= _FULL_TILES * self.tile_tokens else _PREFILL_CHUNKS
+        if features is None:
+            return most
         return 1 << max(1, min(most, features // _MIN_CHUNK)).bit_length() - 1
 
 
@@ -95,3 +104,8 @@ def num_programs(device: torch.device, each: int) -> int:
     if device.type != "cuda":
         return 5
     return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def registers(launch: Launch) -> int:
+    """Of a thread, at most, so that as many programs as are launched fit on a multiprocessor."""
+    return min(255, _REGISTERS // (launch.programs * launch.num_warps * 32) // 8 * 8)

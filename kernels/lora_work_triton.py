@@ -7,16 +7,18 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from manylora.kernels.lora_work import LoRAWork
+from manylora.kernels.lora_work import ITEM_FIELDS, TILE_FIELDS, LoRAWork
 
 _BLOCK = 16
 _BLOCK_SEGMENTS = 256
 
 
 def list_work(work: LoRAWork) -> None:
-    """Fill `tiles`, `items` and `counts`. Tiles lie in the order of their segments, items in that of their tiles."""
+    """Fill `tiles`, `items` and `num_tiles`. Tiles lie in the order of their segments, items in that of their tiles."""
     meta: dict[str, Any] = {
         "TILE_TOKENS": work.tile_tokens,
+        "TILE_FIELDS": TILE_FIELDS,
+        "ITEM_FIELDS": ITEM_FIELDS,
         "BLOCK": _BLOCK,
         "BLOCK_SEGMENTS": _BLOCK_SEGMENTS,
     }
@@ -25,8 +27,10 @@ def list_work(work: LoRAWork) -> None:
         work.slices,
         work.tiles,
         work.items,
-        work.counts,
+        work.num_tiles,
         len(work.segments),
+        work.max_tiles,
+        work.max_items,
         **meta,
     )
 
@@ -45,19 +49,26 @@ def _find_segment(sizes, index, segment, start, total):
     return segment, start, total + tl.sum(sizes, 0)
 
 
-@triton.jit(do_not_specialize=["num_segments"])
+@triton.jit(
+    do_not_specialize=["num_segments", "max_tiles", "max_items"],
+    do_not_specialize_on_alignment=["segments", "slices"],
+)
 def _list_work(
     segments,
     slices,
     tiles,
     items,
-    counts,
+    num_tiles_at,
     num_segments,
+    max_tiles,
+    max_items,
     TILE_TOKENS: tl.constexpr,
+    TILE_FIELDS: tl.constexpr,
+    ITEM_FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
 ):
-    """Every program finds the segments of its own BLOCK tiles and BLOCK items."""
+    """Every program finds the segments of its own BLOCK tiles and BLOCK items, and writes 0 tokens where there are none."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tile_segment = tl.zeros((BLOCK,), tl.int32)
     tile_start = tl.zeros((BLOCK,), tl.int32)
@@ -77,8 +88,7 @@ def _list_work(
             sizes * count, index, item_segment, item_start, num_items
         )
     if tl.program_id(0) == 0:
-        tl.store(counts, num_tiles)
-        tl.store(counts + 1, num_items)
+        tl.store(num_tiles_at, num_tiles)
 
     is_tile = index < num_tiles
     first = tl.load(segments + tile_segment * 4, mask=is_tile, other=0).to(tl.int32)
@@ -86,10 +96,13 @@ def _list_work(
     entry = tl.load(segments + tile_segment * 4 + 2, mask=is_tile, other=0).to(tl.int32)
     count = tl.load(segments + tile_segment * 4 + 3, mask=is_tile, other=0).to(tl.int32)
     first += (index - tile_start) * TILE_TOKENS
-    tl.store(tiles + index * 4, first, mask=is_tile)
-    tl.store(tiles + index * 4 + 1, tl.minimum(end - first, TILE_TOKENS), mask=is_tile)
-    tl.store(tiles + index * 4 + 2, entry, mask=is_tile)
-    tl.store(tiles + index * 4 + 3, count, mask=is_tile)
+    tokens = tl.where(is_tile, tl.minimum(end - first, TILE_TOKENS), 0)
+    tile = tiles + index * TILE_FIELDS
+    tl.store(tile, first, mask=is_tile)
+    tl.store(tile + 1, tokens, mask=index < max_tiles)
+    tl.store(tile + 2, entry, mask=is_tile)
+    tl.store(tile + 3, count, mask=is_tile)
+    tl.store(tile + 4, tl.load(slices + entry, mask=is_tile, other=0), mask=is_tile)
 
     is_item = index < num_items
     first = tl.load(segments + item_segment * 4, mask=is_item, other=0).to(tl.int32)
@@ -98,7 +111,9 @@ def _list_work(
     count = tl.load(segments + item_segment * 4 + 3, mask=is_item, other=1).to(tl.int32)
     plane = (index - item_start) % count
     first += (index - item_start) // count * TILE_TOKENS
-    tl.store(items + index * 4, first, mask=is_item)
-    tl.store(items + index * 4 + 1, tl.minimum(end - first, TILE_TOKENS), mask=is_item)
-    tl.store(items + index * 4 + 2, tl.load(slices + entry + plane, mask=is_item, other=0), mask=is_item)
-    tl.store(items + index * 4 + 3, plane, mask=is_item)
+    tokens = tl.where(is_item, tl.minimum(end - first, TILE_TOKENS), 0)
+    item = items + index * ITEM_FIELDS
+    tl.store(item, first, mask=is_item)
+    tl.store(item + 1, tokens, mask=index < max_items)
+    tl.store(item + 2, tl.load(slices + entry + plane, mask=is_item, other=0), mask=is_item)
+    tl.store(item + 3, plane, mask=is_item)

@@ -20,8 +20,9 @@ from manylora.lora.weight_pool import WeightPool
 class LoRADelta:
     """The delta of one (layer, site) on one rank. `site` indexes `SITES`.
 
-    `side_stream` of a CUDA device runs the shrink of a decode step beside the base product. It is not used where a
-    collective follows the shrink: on another stream that would need a communicator of its own.
+    The shrink of a decode step runs beside the base product: where that is our own kernel, right behind it as a dependent
+    launch; else on `side_stream` of a CUDA device. Neither is done where a collective follows the shrink: on another
+    stream that would need a communicator of its own.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LoRADelta:
         self._reduces = sharded and row_parallel
         first_column = group.rank * self._out_sizes[0] if self._reduces else 0
         self._y_columns = slice(first_column, first_column + sum(self._out_sizes))
+        self._beside = not sharded
         self._side_stream = None if sharded else side_stream
 
     def apply(self, x: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
@@ -56,10 +58,12 @@ class LoRADelta:
         x: (T, in_local). y: column-parallel (T, sum of the modules' out_local), row-parallel (T, hidden), this rank's
         partial sum before the base's all-reduce.
         """
-        self.finish(self.begin(x, batch), y, batch)
+        self._expand(self._exchange(self._shrink(x, batch)), y[:, self._y_columns], batch)
 
-    def begin(self, x: torch.Tensor, batch: LoRABatch) -> torch.Tensor:
-        """The half of `apply` that needs no y: x·Aᵀ, for `finish`. x must live until then."""
+    def begin(self, x: torch.Tensor, batch: LoRABatch) -> torch.Tensor | None:
+        """Call it before the base product: the half of `apply` that needs no y, unless that is better done after it."""
+        if self._follows(x, batch):
+            return None
         side_stream = self._side_stream_of(batch)
         if side_stream is None:
             return self._shrink(x, batch)
@@ -67,17 +71,29 @@ class LoRADelta:
         with torch.cuda.stream(side_stream):
             return self._shrink(x, batch)
 
-    def finish(self, planes: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
-        """The other half, after the base product and before the next site's `begin`."""
+    def finish(self, x: torch.Tensor, begun: torch.Tensor | None, y: torch.Tensor, batch: LoRABatch) -> None:
+        """The rest of `apply`, right after the base product y = `kernels.linear.linear(x, …)`."""
+        if begun is None:
+            planes = self._shrink(x, batch, beside=True)
+            self._expand(planes[None], y[:, self._y_columns], batch, beside=True)
+            return
         side_stream = self._side_stream_of(batch)
         if side_stream is not None:
             torch.cuda.current_stream().wait_stream(side_stream)
-        self._expand(self._exchange(planes), y[:, self._y_columns], batch)
+        self._expand(self._exchange(begun), y[:, self._y_columns], batch)
+
+    def _follows(self, x: torch.Tensor, batch: LoRABatch) -> bool:
+        """Whether the shrink is launched behind the product, and runs beside it all the same."""
+        if not self._beside or batch.work is None or not batch.work.decode or not x.is_cuda:
+            return False
+        from manylora.kernels import linear_triton
+
+        return linear_triton.is_faster(x)
 
     def _side_stream_of(self, batch: LoRABatch) -> torch.cuda.Stream | None:
         return self._side_stream if batch.work is not None and batch.work.decode else None
 
-    def _shrink(self, x: torch.Tensor, batch: LoRABatch) -> torch.Tensor:
+    def _shrink(self, x: torch.Tensor, batch: LoRABatch, beside: bool = False) -> torch.Tensor:
         """x·Aᵀ in planes of (chunks, slices, T, plane columns)."""
         if batch.work is None:
             shape = (1, batch.max_slices, x.shape[0], self._plane_columns)
@@ -97,7 +113,7 @@ class LoRADelta:
 
         planes, table = batch.work.planes(x.shape[1], self._plane_columns), self._device_table
         lora_shrink_triton.lora_shrink(
-            x, self._pages, table.a_offsets, table.widths, batch.work, planes, self._split
+            x, self._pages, table.a_offsets, table.widths, batch.work, planes, self._split, beside=beside
         )
         return planes
 
@@ -108,7 +124,7 @@ class LoRADelta:
         whole = planes.sum(0, keepdim=True) if len(planes) > 1 else planes
         return self._group.all_gather(whole) if self._gathers else self._group.all_reduce(whole)[None]
 
-    def _expand(self, parts: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
+    def _expand(self, parts: torch.Tensor, y: torch.Tensor, batch: LoRABatch, beside: bool = False) -> None:
         """y += parts·Bᵀ; parts as `_exchange` returns them."""
         if batch.work is None:
             lora_expand(
@@ -135,6 +151,7 @@ class LoRADelta:
             batch.work,
             y,
             self._out_sizes,
+            beside=beside,
         )
 
 

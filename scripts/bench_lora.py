@@ -1,10 +1,12 @@
 """Times the LoRA kernels with the sizes of Llama-3.1-8B, one JSON line per result.
 
-    python scripts/bench_lora.py [--ops shrink expand delta] [--sites qkv …] [--prefill] [--sweep] [--json results.jsonl]
+    python scripts/bench_lora.py [--ops shrink expand delta] [--sites qkv …] [--tokens 1 64 …] [--prefill] [--sweep]
+        [--json results.jsonl]
 
 `tokens` in equal runs over `adapters`, all of one rank or, "mixed", of ranks 8 and 64 in turn. Each op is captured in a
 CUDA graph that goes through many layers' weights, so that neither launches nor the L2 cache are measured. `us` is the
-time of one site of one layer; `gbps` counts the weights of every adapter once and the activations once.
+time of one site of one layer; `gbps` counts the weights of every adapter once and the activations once. --sweep times
+`launches` of shrink and expand with as many adapters as there can be, all of rank 16; most of that is compiling.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import itertools
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TextIO
 
@@ -36,10 +38,38 @@ ITEM = 2  # bytes of bfloat16
 WEIGHT_BYTES = 300 << 20  # of the layers that are gone through: several times the L2 cache
 ALIGN = 32
 OPS = ("shrink", "expand", "delta")
-LAUNCHES = [
-    Launch(*launch)
-    for launch in itertools.product((1, 2, 3, 4, 6, 8), (64, 128, 256), (2, 4, 8), (2, 3, 4, 5))
+SWEPT_OPS = ("shrink", "expand")
+EXPAND_LAUNCHES = [
+    Launch(4, 256, 4, 4),
+    Launch(4, 256, 4, 3),
+    Launch(5, 256, 4, 4),
+    Launch(3, 256, 4, 5),
+    Launch(4, 128, 2, 4),
+    Launch(8, 128, 2, 3),
+    Launch(3, 512, 4, 3),
+    Launch(2, 512, 8, 4),
+    Launch(3, 512, 8, 3),
 ]
+PREFILL_LAUNCHES = [Launch(*launch) for launch in itertools.product((1, 2, 3), (128,), (4, 8), (3, 4))]
+
+
+def launches(op: str, columns: int, decode: bool) -> list[Launch]:
+    """What --sweep tries for planes of so many columns."""
+    if not decode:
+        return PREFILL_LAUNCHES
+    if op == "expand":
+        return EXPAND_LAUNCHES
+    rows = 1 << (columns - 1).bit_length()
+    block, warps = 4096 // rows, rows // 16
+    return [
+        Launch(4, block, warps, 4),
+        Launch(6, block, warps, 4),
+        Launch(8, block, warps, 3),
+        Launch(4, block, 2 * warps, 4),
+        Launch(3, 2 * block, warps, 4),
+        Launch(4, 2 * block, warps, 3),
+        Launch(8, block // 2, warps, 5),
+    ]
 
 
 class Weights:
@@ -86,7 +116,7 @@ def cases(
     num_adapters: int,
     rank: int | None,
     ops: list[str],
-    launches: list[Launch | None],
+    sweep: bool,
 ) -> Iterator[Case]:
     """`rank` of all adapters, or None: 8 and 64 in turn."""
     features, out_sizes = SITES[site]
@@ -120,31 +150,33 @@ def cases(
         "adapters": num_adapters,
         "rank": rank or "mixed",
     }
-    for op, launch in itertools.product(ops, launches):
+    for op in ops:
         function, num_bytes = known[op]
-        calls: list[Call] = [partial(function, layer, launch) for layer in range(weights.layers)]
-        yield Case(op, shape | ({"launch": launch} if launch else {}), calls, num_bytes=num_bytes)
+        for launch in launches(op, 16 * len(out_sizes), work.decode) if sweep else [None]:
+            calls: list[Call] = [partial(function, layer, launch) for layer in range(weights.layers)]
+            yield Case(op, shape | ({"launch": launch} if launch else {}), calls, num_bytes=num_bytes)
 
 
-def steps(prefill: bool) -> Iterator[tuple[int, int]]:
-    """(tokens, adapters)."""
-    for num_tokens in (PREFILL_TOKENS,) if prefill else DECODE_TOKENS:
-        for num_adapters in ADAPTERS:
-            if num_adapters <= num_tokens:
-                yield num_tokens, num_adapters
+def steps(tokens: Sequence[int], sweep: bool) -> Iterator[tuple[int, int, int | None]]:
+    """(tokens, adapters, rank as `cases` takes it)."""
+    for num_tokens in tokens:
+        fitting = [num_adapters for num_adapters in ADAPTERS if num_adapters <= num_tokens]
+        for num_adapters in fitting[-1:] if sweep else fitting:
+            for rank in (16,) if sweep else (16, None):
+                yield num_tokens, num_adapters, rank
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--ops", nargs="+", choices=OPS)
     parser.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES))
-    parser.add_argument("--tokens", nargs="+", type=int, help="only these numbers of tokens")
+    parser.add_argument("--tokens", nargs="+", type=int, help="of a step", default=DECODE_TOKENS)
     parser.add_argument(
         "--prefill", action="store_true", help=f"{PREFILL_TOKENS} tokens instead of decode steps"
     )
-    parser.add_argument("--sweep", action="store_true", help="many launch configurations")
+    parser.add_argument("--sweep", action="store_true", help="several launches of shrink and expand")
     parser.add_argument("--json", type=argparse.FileType("w"), help="also write the lines to this file")
     args = parser.parse_args()
     file: TextIO | None = args.json
@@ -152,13 +184,10 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     common = {"commit": commit, "gpu": torch.cuda.get_device_name()}
-    launches: list[Launch | None] = [*LAUNCHES] if args.sweep else [None]
-    for site, (num_tokens, num_adapters), rank in itertools.product(
-        args.sites, steps(args.prefill), (16, None)
-    ):
-        if args.tokens and num_tokens not in args.tokens:
-            continue
-        for case in cases(site, num_tokens, num_adapters, rank, args.ops, launches):
+    ops: list[str] = args.ops or list(SWEPT_OPS if args.sweep else OPS)
+    tokens = (PREFILL_TOKENS,) if args.prefill else args.tokens
+    for site, (num_tokens, num_adapters, rank) in itertools.product(args.sites, steps(tokens, args.sweep)):
+        for case in cases(site, num_tokens, num_adapters, rank, ops, args.sweep):
             text = json.dumps(measured(case) | common)
             print(text, flush=True)
             if file:

@@ -53,7 +53,7 @@ CLASSES = {
     "norm": r"rms_norm",
     "rope": r"rope_and_store",
     "gate": r"silu",
-    "gemm": r"gemm|gemv|cutlass|nvjet|cublas|sm90_|splitk|aten::(mm|addmm|bmm)",
+    "gemm": r"^_linear|gemm|gemv|cutlass|nvjet|cublas|sm90_|splitk|aten::(mm|addmm|bmm)",
     "collective": r"nccl|all_?(reduce|gather)",
     "sampling": r"sample|greedy|argmax|uniform|reduce",
     "inputs": r"fill_decode_inputs",

@@ -20,7 +20,7 @@ from manylora.tp_worker.model_runner import ModelRunner
 logger = logging.getLogger("manylora.worker")
 
 # A step's tokens and rows decide which kernels it takes: one of each range, as their launch code divides them.
-_TOKENS = (8, 64, 512, 4096)
+_TOKENS = (8, 40, 64, 512, 4096)
 _ROWS = (1, 40, 300)
 
 

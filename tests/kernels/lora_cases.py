@@ -19,7 +19,7 @@ from manylora.kernels.lora_work_triton import list_work
 
 NAN = float("nan")
 PATTERNS = ("distinct", "uniform", "zipf", "identical", "skewed")
-RANKS = (8, 16, 64, 1, 24, 40, 33)
+RANKS = (8, 16, 64, 1, 24, 40, 33, 80)
 
 
 def popular_runs(
@@ -163,6 +163,14 @@ class Site:
             gathered.append(planes.clone())
         pages = self.device_pages
         lora_expand_triton(torch.stack(gathered), pages, b_offsets, widths, scalings, work, y, self.out_sizes)
+
+    def apply_beside(self, work: LoRAWork, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the delta to y, which `linear_triton` has just been launched to make of x."""
+        a_offsets, b_offsets, widths, scalings = self._device_tables
+        planes = work.planes(self.features, 16 * len(self.out_sizes))
+        lora_shrink_triton(x, self.device_pages, a_offsets, widths, work, planes, 1, beside=True)
+        table = (b_offsets, widths, scalings)
+        lora_expand_triton(planes[None], self.device_pages, *table, work, y, self.out_sizes, beside=True)
 
     def _part(self, part: int, parts: int) -> torch.Tensor:
         """The pool of a rank: rows [part · width / parts, …) of every A, at the offset of the whole A."""

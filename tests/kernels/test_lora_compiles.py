@@ -19,8 +19,9 @@ from tests.kernels.compiling import compiled_for_hopper
 torch.set_num_threads(1)
 BF16 = torch.bfloat16
 SHARED_OF_AN_SM, RESERVED = 228 << 10, 1 << 10  # bytes; the second of every program
-SITES = {"qkv": (4096, (4096, 1024, 1024)), "down": (14336, (4096,))}
-PROGRAMS = {("decode", "_lora_shrink"): 3, ("decode", "_lora_expand"): 4}
+SITES = {"qkv": (4096, (4096, 1024, 1024)), "gate_up": (4096, (14336, 14336)), "down": (14336, (4096,))}
+# On an SM, as far as shared memory goes.
+SHRINK_PROGRAMS = {"qkv": 4, "gate_up": 6, "down": 6}
 
 
 def compiled_site(num_tokens: int, features: int, out_sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -39,19 +40,39 @@ def compiled_site(num_tokens: int, features: int, out_sizes: tuple[int, ...]) ->
     return compiled
 
 
-@pytest.mark.parametrize(("phase", "num_tokens"), [("decode", 64), ("prefill", 300)])
+@pytest.mark.parametrize("num_tokens", [1, 64])
 @pytest.mark.parametrize("site", SITES)
-def test_weights_are_copied_16_bytes_at_a_time_and_ahead(site: str, phase: str, num_tokens: int) -> None:
+def test_decode_copies_weights_16_bytes_at_a_time_and_ahead(site: str, num_tokens: int) -> None:
     compiled = compiled_site(num_tokens, *SITES[site])
+    assert compiled.keys() == {"_list_work", "_lora_shrink", "_lora_expand_decode"}
+    check_copies(compiled["_lora_shrink"], SHRINK_PROGRAMS[site])
+    expand = compiled["_lora_expand_decode"]
+    check_copies(expand, 4)
+    assert "cp.async.bulk.prefetch.L2" in expand.asm["ptx"]
+    check_y(expand)
+    for kernel in (compiled["_lora_shrink"], expand):
+        assert "mma" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_prefill_copies_weights_16_bytes_at_a_time_and_ahead(site: str) -> None:
+    compiled = compiled_site(300, *SITES[site])
     assert compiled.keys() == {"_list_work", "_lora_shrink", "_lora_expand"}
-    for name in ("_lora_shrink", "_lora_expand"):
-        code = compiled[name].asm["ptx"]
-        assert "cp.async.cg.shared.global" in code
-        assert "ld.global.b16" not in code
-        programs = PROGRAMS.get((phase, name), 2)
-        assert programs * (compiled[name].metadata.shared + RESERVED) <= SHARED_OF_AN_SM
-    assert "ld.global.v4.b32" in compiled["_lora_expand"].asm["ptx"]  # of y
-    assert "st.global.v4.b32" in compiled["_lora_expand"].asm["ptx"]
+    check_copies(compiled["_lora_shrink"], 2)
+    check_copies(compiled["_lora_expand"], 2)
+    check_y(compiled["_lora_expand"])
+
+
+def check_copies(kernel: Any, programs: int) -> None:
+    code = kernel.asm["ptx"]
+    assert "cp.async.cg.shared.global" in code
+    assert "ld.global.b16" not in code
+    assert programs * (kernel.metadata.shared + RESERVED) <= SHARED_OF_AN_SM
+
+
+def check_y(kernel: Any) -> None:
+    assert "ld.global.v4.b32" in kernel.asm["ptx"]
+    assert "st.global.v4.b32" in kernel.asm["ptx"]
 
 
 def test_sampling() -> None:

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from manylora.kernels.activation import silu_and_mul
+from manylora.kernels.linear_triton import linear
 from manylora.kernels.lora_work import LoRAWork
 from manylora.kernels.lora_work_triton import list_work
 from tests.kernels.lora_cases import NAN, PATTERNS, Site, popular_runs
@@ -72,6 +74,16 @@ def test_decode_steps(site: Site, num_tokens: int, pattern: str) -> None:
     check(site, popular_runs(pattern, num_tokens, len(RANKS)))
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_decode_step_with_planes_gathered_from_ranks(dtype: torch.dtype, parts: int) -> None:
+    site = Site(512, (1032, 520), RANKS[:8], dtype, "cuda", ABSENT[:3])
+    runs = popular_runs("zipf", 40, 8)
+    x, y = random_step(site, 40)
+    expected = site.expected(runs, x, y)
+    site.apply(site.work(runs, padding=3, room=2), x, y, parts)
+    assert_near(y.cpu(), expected)
+
+
 @pytest.mark.parametrize("num_tokens", [300, 2048])
 def test_prefill_steps(site: Site, num_tokens: int) -> None:
     """A prompt with decode rows behind it, then prompts of odd lengths."""
@@ -123,3 +135,37 @@ def test_a_replay_gives_the_same_bits(site: Site) -> None:
         site.apply(work, x, again)
         results.append(again)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 33, 64])
+@pytest.mark.parametrize("name", SITES)
+def test_beside_the_product_as_behind_it(name: str, num_tokens: int) -> None:
+    """Product, shrink, expand and what reads them, chained in a graph: the bits of one after another, every time."""
+    features, out_sizes = SITES[name]
+    site = Site(features, out_sizes, RANKS, torch.bfloat16, "cuda", ABSENT)
+    work = site.work(popular_runs("uniform", num_tokens, len(RANKS)))
+    weight = torch.randn(sum(out_sizes), features, device="cuda").bfloat16() / 64
+    source = torch.randn(num_tokens, 2 * features, device="cuda").bfloat16()
+
+    def chain() -> list[torch.Tensor]:
+        results = []
+        for _ in range(4):
+            x = silu_and_mul(source)
+            y = linear(x, weight)
+            site.apply_beside(work, x, y)
+            results += [y, silu_and_mul(y)]
+        return results
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chained = chain()
+    for _ in range(25):
+        source.normal_()
+        x = silu_and_mul(source)
+        y = linear(x, weight)
+        torch.cuda.synchronize()
+        site.apply(work, x, y)
+        graph.replay()
+        expected = [y, silu_and_mul(y)] * 4
+        assert all(torch.equal(found, wanted) for found, wanted in zip(chained, expected, strict=True))

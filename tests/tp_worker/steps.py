@@ -55,10 +55,11 @@ class SameAgain:
     def __init__(self, layer: LoRALayer) -> None:
         self.weight = layer.weight
 
-    def begin(self, x: Tensor, batch: LoRABatch) -> Tensor:
+    def begin(self, x: Tensor, batch: LoRABatch) -> Tensor | None:
         return F.linear(x, self.weight)
 
-    def finish(self, begun: Tensor, y: Tensor, batch: LoRABatch) -> None:
+    def finish(self, x: Tensor, begun: Tensor | None, y: Tensor, batch: LoRABatch) -> None:
+        assert begun is not None
         y += begun
 
 

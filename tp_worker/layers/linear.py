@@ -21,12 +21,12 @@ from manylora.tp_worker.layers.shard import Shard, Shards
 class Delta(Protocol):
     """What adapters add to a layer (`lora/delta.py` has the one we use)."""
 
-    def begin(self, x: Tensor, batch: LoRABatch) -> Tensor:
+    def begin(self, x: Tensor, batch: LoRABatch) -> Tensor | None:
         """Start on x (T, in_local) what needs no base product, perhaps beside it. Returns what `finish` takes."""
         ...
 
-    def finish(self, begun: Tensor, y: Tensor, batch: LoRABatch) -> None:
-        """y += the delta of x, in place. y (T, out_local): the base product of this rank."""
+    def finish(self, x: Tensor, begun: Tensor | None, y: Tensor, batch: LoRABatch) -> None:
+        """y += the delta of x, in place. y (T, out_local): the base product of this rank, just launched."""
         ...
 
 
@@ -38,7 +38,7 @@ def linear_with_delta(
         return linear(x, weight, bias)
     begun = delta.begin(x, batch)
     y = linear(x, weight, bias)
-    delta.finish(begun, y, batch)
+    delta.finish(x, begun, y, batch)
     return y
 
 

@@ -49,6 +49,22 @@ def test_small_steps_with_padding_as_in_a_graph(runs: list[tuple[int, int | None
     check(Site(20, (130,), (16, 5, 64), torch.float32), runs, torch.float32, padding=3)
 
 
+def test_runs_of_blocks() -> None:
+    """Modules of several units, the last of them short, for adapters of one, a few and many slices."""
+    site = Site(24, (1300, 264), (16, 5, 80, 24), torch.float32, absent=[(1, 0), (3, 1)])
+    check(site, [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (9, 1), (2, None), (3, 2), (2, 3)], torch.float32)
+
+
+@pytest.mark.parametrize("rank", [16, 24, 80])
+def test_an_adapter_without_a_module_leaves_its_bits(rank: int) -> None:
+    site = Site(16, (16, 8), (rank,), torch.float32, absent=[(0, 0)])
+    y = torch.full((2, 24), -0.0)
+    site.apply(site.work([(1, 0), (1, None)]), torch.ones(2, 16), y)
+    assert y[:, :16].signbit().all()
+    assert y[0, 16:].all()
+    assert y[1].signbit().all()
+
+
 def test_a_prefill_step_with_decode_rows() -> None:
     runs = [(150, 1), (70, None), (64, 3), (1, 0), (2, 1), (1, None), (1, 2)]
     site = Site(160, (24, 136), (16, 8, 40, 24), torch.float32, absent=[(1, 1)])
@@ -91,15 +107,19 @@ def test_the_work_list(num_tokens: int) -> None:
     for start, end, entry, count in segments:
         for token in range(start, end, tile_tokens):
             tokens = min(tile_tokens, end - token)
-            tiles.append([token, tokens, entry, count])
+            tiles.append([token, tokens, entry, count, slices[entry]])
             items += [[token, tokens, slices[entry + p], p] for p in range(count)]
     work = LoRAWork(torch.tensor(segments), torch.tensor(slices), 3, num_tokens, 16)
+    work.tiles.fill_(-1)
+    work.items.fill_(-1)
     list_work(work)
-    assert work.counts.tolist() == [len(tiles), len(items)]
+    assert work.num_tiles.tolist() == [len(tiles)]
     assert len(tiles) <= work.max_tiles
     assert len(items) <= work.max_items
-    assert work.tiles[: len(tiles)].tolist() == tiles
+    assert work.tiles[: len(tiles), :5].tolist() == tiles
     assert work.items[: len(items)].tolist() == items
+    assert not work.tiles[len(tiles) :, 1].any()
+    assert not work.items[len(items) :, 1].any()
 
 
 def test_the_list_reaches_past_a_block_of_segments() -> None:

@@ -1,0 +1,315 @@
+"""`lora_expand` of decode steps, where every adapter has few tokens: nearly all time goes into reading B once.
+
+A unit of work is a short run of blocks of outputs of one tile, so small that most of its bytes are asked for at once and
+so many that a GPU always has enough of them under way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from manylora.kernels.dependent_launch import NOT_OVERLAPPING, overlapping, wait_for_earlier
+from manylora.kernels.lora_planes_triton import add_to, can_prefetch, load_b, prefetch, scaled_plane
+from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs, registers
+
+_MAX_MODULES = 3
+_RUN = 4  # blocks of a unit, at most
+_FEW, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4)
+_FEW_TILES = 8  # up to here blocks are small, so that more programs have some
+
+
+def lora_expand_decode(
+    planes: torch.Tensor,
+    pages: torch.Tensor,
+    offsets: torch.Tensor,
+    widths: torch.Tensor,
+    scalings: torch.Tensor,
+    work: LoRAWork,
+    y: torch.Tensor,
+    out_sizes: tuple[int, ...],
+    launch: Launch | None = None,
+    beside: bool = False,
+) -> None:
+    """As `lora_expand_triton.lora_expand`."""
+    parts, chunks, _, _, columns = planes.shape
+    modules = len(out_sizes)
+    plane_width = columns // modules
+    launch = launch or (_FEW if work.max_tiles <= _FEW_TILES else _MANY)
+    programs = num_programs(y.device, launch.programs)
+    blocks = [triton.cdiv(size, launch.block) for size in out_sizes]
+    run, runs = _shortest_runs(blocks, programs // max(1, work.max_tiles))
+    runs += [0] * (_MAX_MODULES - modules)
+    sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
+    num_units = work.max_tiles * sum(runs)
+    if not num_units:
+        return
+    # With a number of ranks that does not divide 16, widths are multiples of that number alone.
+    quantum = 8 if plane_width * parts % 16 == 0 else 1
+    meta: dict[str, Any] = {
+        "PARTS": parts,
+        "CHUNKS": chunks,
+        "QUANTUM": quantum,
+        "PREFETCH": quantum == 8 and can_prefetch(y.device),
+        "TILE_TOKENS": work.tile_tokens,
+        "TILE_FIELDS": TILE_FIELDS,
+        "BLOCK_N": launch.block,
+        "BLOCK_R": max(16, triton.next_power_of_2(plane_width * parts)),
+        "STAGES": launch.num_stages,
+        "num_warps": launch.num_warps,
+        "num_stages": 1,  # of the loops that do not say otherwise
+        "maxnreg": registers(launch),
+        **(overlapping(y.device) if beside else NOT_OVERLAPPING),
+    }
+    _lora_expand_decode[(min(num_units, programs),)](
+        planes,
+        planes.stride(0),
+        planes.stride(1),
+        planes.stride(2),
+        pages,
+        offsets,
+        offsets.stride(0),
+        offsets.stride(1),
+        widths,
+        widths.stride(0),
+        widths.stride(1),
+        scalings,
+        scalings.stride(0),
+        scalings.stride(1),
+        work.tiles,
+        work.slices,
+        y,
+        y.stride(0),
+        sizes[0],
+        sizes[1],
+        sizes[2],
+        runs[0],
+        runs[1],
+        runs[2],
+        run,
+        num_units,
+        columns,
+        plane_width,
+        **meta,
+    )
+
+
+def _shortest_runs(blocks: list[int], programs: int) -> tuple[int, list[int]]:
+    """How many blocks make a unit, and units of each module: as short as `programs` of a tile can take one each, or as
+    long as they may be, since a program's next unit waits for the one before it."""
+    for run in range(1, _RUN):
+        runs = [triton.cdiv(count, run) for count in blocks]
+        if sum(runs) <= programs:
+            return run, runs
+    return _RUN, [triton.cdiv(count, _RUN) for count in blocks]
+
+
+@triton.jit
+def _load_slice(
+    pages,
+    planes,
+    part_stride,
+    chunk_stride,
+    plane_stride,
+    offsets,
+    offsets_row,
+    widths,
+    widths_row,
+    scalings,
+    scalings_row,
+    row_at,
+    plane,
+    count,
+    begin,
+    end,
+    token,
+    in_tile,
+    columns,
+    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    QUANTUM: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Where a slice's B piece starts, its width, and its scaled plane, transposed (BLOCK_R, TILE_TOKENS), in the type of
+    B; without a piece, or with plane ≥ count, width and plane are zero.
+
+    begin, end: the rows of B that will be read; there are some. planes, offsets, widths, scalings: pointers to the
+    module's column; row_at: to the slice's row of the slice table.
+    """
+    known = plane < count
+    slice_row = tl.load(row_at, mask=known, other=0).to(tl.int64)
+    offset = tl.load(offsets + slice_row * offsets_row, mask=known, other=-1)
+    width = tl.load(widths + slice_row * widths_row, mask=known, other=0)
+    scaling = tl.load(scalings + slice_row * scalings_row, mask=known, other=0.0)
+    has_piece = offset >= 0
+    # Not a hint on the offset's load, which is lost where the compiler finds `known` to be always true.
+    piece = tl.multiple_of(pages + tl.where(has_piece, offset, 0), 16)
+    width = tl.multiple_of(tl.where(has_piece, width, 0), QUANTUM)
+    scaling = tl.where(has_piece, scaling, 0.0)
+    if PREFETCH:  # because the tile's plane, which is read next, comes before any product
+        rows = piece + tl.cast(begin, tl.int64) * width
+        prefetch(rows, (end - begin) * width * (pages.dtype.element_ty.primitive_bitwidth // 8))
+    wait_for_earlier(OVERLAPS)
+    hidden = scaled_plane(
+        planes + tl.cast(plane, tl.int64) * plane_stride, part_stride, chunk_stride, token, in_tile, width,
+        scaling, columns, PARTS, CHUNKS, BLOCK_R,
+    )  # fmt: skip
+    return piece, width, tl.trans(hidden.to(pages.dtype.element_ty))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "part_stride", "chunk_stride", "plane_stride", "runs_0", "runs_1", "runs_2", "run", "num_units"
+    ],
+    do_not_specialize_on_alignment=["slices"],
+)  # fmt: skip
+def _lora_expand_decode(
+    planes,
+    part_stride,
+    chunk_stride,
+    plane_stride,
+    pages,
+    offsets,
+    offsets_row,
+    offsets_module,
+    widths,
+    widths_row,
+    widths_module,
+    scalings,
+    scalings_row,
+    scalings_module,
+    tiles,
+    slices,
+    y,
+    y_stride,
+    size_0,
+    size_1,
+    size_2,
+    runs_0,
+    runs_1,
+    runs_2,
+    run,
+    num_units,
+    columns,
+    plane_width,
+    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    QUANTUM: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_FIELDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Units are dealt out in turn, tile after tile. A program is done at the first tile without tokens: its later units
+    are further down the list.
+
+    Outputs are the products' rows, which tensor cores take straight from shared memory, tokens their columns. Slices are
+    multiplied one by one, so that time follows their widths; of up to four, the pieces are read side by side.
+    """
+    num_runs = runs_0 + runs_1 + runs_2
+    unit = tl.program_id(0)
+    while unit < num_units:
+        tile = tiles + unit // num_runs * TILE_FIELDS
+        first, tokens = tl.load(tile), tl.load(tile + 1)
+        entry, count = tl.load(tile + 2), tl.load(tile + 3)
+
+        index = unit % num_runs
+        past_0 = (index >= runs_0).to(tl.int32)
+        past_1 = (index >= runs_0 + runs_1).to(tl.int32)
+        module = past_0 + past_1
+        size = size_0 + past_0 * (size_1 - size_0) + past_1 * (size_2 - size_1)
+        begin = (index - past_0 * runs_0 - past_1 * runs_1) * run * BLOCK_N
+        end = tl.where(tokens > 0, tl.minimum(begin + run * BLOCK_N, size), begin)
+        count = tl.where(tokens > 0, count, 0)
+        y_module = y + past_0 * size_0 + past_1 * size_1
+        planes_module = planes + module * plane_width
+        offsets_at = offsets + module * offsets_module
+        widths_at = widths + module * widths_module
+        scalings_at = scalings + module * scalings_module
+        unit = tl.where(tokens > 0, unit + tl.num_programs(0), num_units)
+
+        token = tl.arange(0, TILE_TOKENS)
+        in_tile = token < tokens
+        token = (first + token).to(tl.int64)
+        if count <= 4:
+            piece, width, hidden = _load_slice(
+                pages, planes_module, part_stride, chunk_stride, plane_stride,
+                offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                tile + 4, 0, count, begin, end, token, in_tile, columns,
+                PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
+            )  # fmt: skip
+            if count > 1:
+                piece_1, width_1, hidden_1 = _load_slice(
+                    pages, planes_module, part_stride, chunk_stride, plane_stride,
+                    offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                    slices + entry + 1, 1, count, begin, end, token, in_tile, columns,
+                    PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
+                )  # fmt: skip
+                piece_2, width_2, hidden_2 = _load_slice(
+                    pages, planes_module, part_stride, chunk_stride, plane_stride,
+                    offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                    slices + entry + 2, 2, count, begin, end, token, in_tile, columns,
+                    PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
+                )  # fmt: skip
+                piece_3, width_3, hidden_3 = _load_slice(
+                    pages, planes_module, part_stride, chunk_stride, plane_stride,
+                    offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                    slices + entry + 3, 3, count, begin, end, token, in_tile, columns,
+                    PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
+                )  # fmt: skip
+                end = tl.where(width + width_1 + width_2 + width_3 > 0, end, begin)
+                for start in tl.range(begin, end, BLOCK_N // 4, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+                    output = start + tl.arange(0, BLOCK_N // 4)
+                    lora_b = load_b(piece, width, output, size, BLOCK_R)
+                    lora_b_1 = load_b(piece_1, width_1, output, size, BLOCK_R)
+                    lora_b_2 = load_b(piece_2, width_2, output, size, BLOCK_R)
+                    lora_b_3 = load_b(piece_3, width_3, output, size, BLOCK_R)
+                    acc = tl.dot(lora_b, hidden, input_precision="ieee")
+                    acc = tl.dot(lora_b_1, hidden_1, acc, input_precision="ieee")
+                    acc = tl.dot(lora_b_2, hidden_2, acc, input_precision="ieee")
+                    acc = tl.dot(lora_b_3, hidden_3, acc, input_precision="ieee")
+                    add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
+            elif tokens == 1:
+                end = tl.where(width > 0, end, begin)
+                y_row = y_module + first.to(tl.int64) * y_stride
+                for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+                    output = start + tl.arange(0, BLOCK_N)
+                    lora_b = load_b(piece, width, output, size, BLOCK_R)
+                    delta = tl.sum(tl.dot(lora_b, hidden, input_precision="ieee"), 1)
+                    total = tl.load(y_row + output, mask=output < size, other=0.0).to(tl.float32) + delta
+                    tl.store(y_row + output, total.to(y.dtype.element_ty), mask=output < size)
+            else:
+                end = tl.where(width > 0, end, begin)
+                for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+                    output = start + tl.arange(0, BLOCK_N)
+                    lora_b = load_b(piece, width, output, size, BLOCK_R)
+                    acc = tl.dot(lora_b, hidden, input_precision="ieee")
+                    add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
+        else:
+            wait_for_earlier(OVERLAPS)
+            pieces = tl.zeros((), tl.int32)
+            for plane in range(count):
+                slice_row = tl.load(slices + entry + plane).to(tl.int64)
+                pieces += (tl.load(offsets_at + slice_row * offsets_row) >= 0).to(tl.int32)
+            for start in range(begin, tl.where(pieces > 0, end, begin), BLOCK_N):
+                output = start + tl.arange(0, BLOCK_N)
+                start_end = tl.minimum(start + BLOCK_N, end)
+                acc = tl.zeros((BLOCK_N, TILE_TOKENS), tl.float32)
+                for plane in range(count):
+                    piece, width, hidden = _load_slice(
+                        pages, planes_module, part_stride, chunk_stride, plane_stride,
+                        offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
+                        slices + entry + plane, plane, count, start, start_end, token, in_tile, columns,
+                        PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
+                    )  # fmt: skip
+                    lora_b = load_b(piece, width, output, size, BLOCK_R)
+                    acc = tl.dot(lora_b, hidden, acc, input_precision="ieee")
+                add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
