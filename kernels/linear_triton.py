@@ -36,9 +36,12 @@ class Launch(NamedTuple):
     swapped: bool
 
 
+# The best of a sweep over the projections of an 8B model on an H200 (docs/benchmarks.md).
 _STREAM = Launch(64, 128, 4, 7, swapped=True)
-_FEW_OUTPUTS = Launch(32, 256, 4, 4, swapped=False)
-_MANY_OUTPUTS = Launch(128, 64, 4, 6, swapped=True)
+_SHORT_STREAM = Launch(64, 128, 4, 5, swapped=True)
+_ONE_WAVE = Launch(32, 256, 4, 4, swapped=False)
+_MANY_OUTPUTS = Launch(128, 128, 8, 4, swapped=True)
+_MANY = 8192
 
 
 def is_faster(x: Tensor) -> bool:
@@ -46,16 +49,22 @@ def is_faster(x: Tensor) -> bool:
     return x.dtype.itemsize == 2 and 0 < x.shape[0] <= MAX_ROWS and _is_hopper(x.device)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, launch: Launch | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
     """See `kernels.linear`; at most 64 rows. `launch` is for tests and measurements."""
     num_rows, in_features = x.shape
     out_features = weight.shape[0]
     if num_rows > MAX_ROWS or x.stride(1) != 1 or weight.stride(1) != 1:
         raise ValueError(f"linear takes at most {MAX_ROWS} rows and contiguous features")
-    y = torch.empty((num_rows, out_features), dtype=x.dtype, device=x.device)
+    y = torch.empty((num_rows, out_features), dtype=x.dtype, device=x.device) if out is None else out
     if not num_rows:
         return y
-    launch = launch or _default_launch(num_rows, out_features)
+    launch = launch or _default_launch(x.device, num_rows, out_features)
     constants: dict[str, Any] = {
         "HAS_BIAS": bias is not None,
         "EVEN": out_features % launch.block_out == 0 and in_features % launch.block_in == 0,
@@ -84,11 +93,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, launch: Launch
     return y
 
 
-def _default_launch(num_rows: int, out_features: int) -> Launch:
-    """The best of a sweep over the projections of an 8B model (docs/benchmarks.md)."""
+def _default_launch(device: torch.device, num_rows: int, out_features: int) -> Launch:
+    if out_features > _MANY:
+        return _MANY_OUTPUTS
     if num_rows <= 32:
         return _STREAM
-    return _MANY_OUTPUTS if out_features > 8192 else _FEW_OUTPUTS
+    one_wave = _ONE_WAVE.block_out * _multiprocessors(device)
+    return _ONE_WAVE if out_features <= one_wave else _SHORT_STREAM
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """As many as an H200 has, where there is no GPU: kernels are then compiled for one, or interpreted."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manylora.kernels.attention_tile import FEW_ROWS, LOG2_E, MASKED, attend_tile, page_ids, row_tile
+from manylora.kernels.attention_tile import LOG2_E, MASKED, attend_tile, page_ids, row_tile
 from manylora.kernels.dependent_launch import overlapping, wait_for_earlier
 
-_DEEP_BYTES = 104 << 10  # of shared memory, that a program of many rows takes
+_SHARED_BYTES = 104 << 10  # that a GPU must have for the large tiles
 _COMBINED = 4096  # numbers of partial results on their way to the program that combines them
 
 
@@ -63,7 +63,7 @@ def paged_decode_attention(
     block_g = triton.next_power_of_2(heads // kv_heads)
     block_m = max(16, block_g)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    launch = launch or _default_launch(q.device, q.dtype, block_d, num_rows <= FEW_ROWS)
+    launch = launch or _default_launch(q.device, q.dtype, block_d)
     workspace = _workspace(q.device, launch.programs, block_m, block_d)
     source: list[Any] = [q, *q.stride()[:2], kv_cache, *kv_cache.stride()[:4]]
     source += [page_table, page_table.stride(0), slots, slots.stride(0), kv_lens, kv_lens.stride(0)]
@@ -87,18 +87,17 @@ def paged_decode_attention(
 
 
 @cache
-def _default_launch(device: torch.device, dtype: torch.dtype, block_d: int, few_rows: bool) -> Launch:
+def _default_launch(device: torch.device, dtype: torch.dtype, block_d: int) -> Launch:
     if device.type == "cpu":  # the interpreter
         return Launch(programs=5, block_n=32, num_warps=4, num_stages=1)
     gpu = torch.cuda.get_device_properties(device)
     sms = gpu.multi_processor_count
     if dtype.itemsize > 2:
         return Launch(programs=2 * sms, block_n=32, num_warps=4, num_stages=2)
-    block_n = min(64, 8192 // block_d)
-    # Hopper has room for three programs on an SM that hold two tiles each, or for two that hold three.
-    if few_rows or gpu.shared_memory_per_block_optin < _DEEP_BYTES:
-        return Launch(programs=3 * sms, block_n=block_n, num_warps=4, num_stages=3)
-    return Launch(programs=2 * sms, block_n=block_n, num_warps=4, num_stages=4)
+    # Large tiles, few of them: the best of a sweep on an H200 at every batch size (docs/benchmarks.md).
+    if gpu.shared_memory_per_block_optin < _SHARED_BYTES:
+        return Launch(programs=2 * sms, block_n=min(64, 8192 // block_d), num_warps=4, num_stages=2)
+    return Launch(programs=2 * sms, block_n=min(128, 16384 // block_d), num_warps=4, num_stages=2)
 
 
 @cache

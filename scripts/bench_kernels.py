@@ -51,7 +51,6 @@ PROJECTIONS = {
 LINEAR_LAUNCHES = [
     linear_triton.Launch(64, 128, 4, 7, swapped=True),
     linear_triton.Launch(64, 128, 4, 5, swapped=True),
-    linear_triton.Launch(128, 64, 4, 6, swapped=True),
     linear_triton.Launch(128, 128, 8, 4, swapped=True),
     linear_triton.Launch(32, 256, 4, 4, swapped=False),
 ]
@@ -168,7 +167,7 @@ def linear_cases(num_tokens: int, sweep: bool) -> Iterator[Case]:
         yield Case("linear", shape | {"launch": "library"}, calls, **work)
         for launch in LINEAR_LAUNCHES if sweep else (None,):
             if num_tokens <= linear_triton.MAX_ROWS:
-                calls = [partial(linear_triton.linear, x, weight, None, launch) for weight in weights]
+                calls = [partial(linear_triton.linear, x, weight, launch=launch) for weight in weights]
                 yield Case("linear", shape | {"launch": launch}, calls, **work)
 
 

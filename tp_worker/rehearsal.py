@@ -6,7 +6,6 @@ any row has an adapter, how tokens are drawn.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -16,8 +15,6 @@ import torch
 
 from manylora.runtime.plan import ForwardBatch, PlanBuilder
 from manylora.tp_worker.model_runner import ModelRunner
-
-logger = logging.getLogger("manylora.worker")
 
 # A step's tokens and rows decide which kernels it takes: one of each range, as their launch code divides them.
 _TOKENS = (8, 40, 64, 512, 4096)
@@ -70,13 +67,3 @@ def rehearse(runner: ModelRunner, rehearsal: Rehearsal) -> None:
         runner.execute(plan)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def report_compilations() -> None:
-    """From now on, say so in the log when a kernel is compiled: the rehearsal lacked a step, and another waited."""
-    from triton import knobs
-
-    def report(*, repr: str, **_: Any) -> None:
-        logger.warning("a step waited for a kernel to be compiled: %s", repr)
-
-    knobs.runtime.jit_post_compile_hook = report

@@ -9,8 +9,10 @@ are read from disk beside the loop.
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections import deque
+from functools import partial
 
 import torch
 import zmq
@@ -51,9 +53,11 @@ from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.distributed import init_tp_group
 from manylora.tp_worker.memory_pool import PagePool, num_host_pages_that_fit, num_pages_that_fit
 from manylora.tp_worker.model_runner import ModelRunner, PendingOutput
-from manylora.tp_worker.rehearsal import Rehearsal, rehearse, report_compilations
+from manylora.tp_worker.rehearsal import Rehearsal, rehearse
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.weight_loader import load_model
+
+logger = logging.getLogger("manylora.worker")
 
 NUM_SLICES = 4096  # rows of the slice table: adapters of rank 16 · 4096 in all may be resident
 _IDLE_MS = 1000  # without work for this long, collect garbage
@@ -127,7 +131,9 @@ class Worker:
             graphs.capture(show_progress=tp_rank == 0)
             self._runner.use_graphs(graphs)
         if device.type == "cuda":
-            report_compilations()
+            from manylora.kernels.compilation import report_compilations
+
+            report_compilations(partial(logger.warning, "a step waited for a kernel to be compiled: %s"))
         self.ready = WorkerReady(
             tp_rank, pool.num_pages, num_host_pages, num_slices, device.type, config.model.dtype
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manylora.kernels.linear import linear
 from manylora.tp_worker.distributed import TPGroup
 from manylora.tp_worker.layers.shard import Shard, Shards
 
@@ -56,8 +57,8 @@ class LMHead:
         """Contiguous; in `out` where it is given."""
         weight, group = self.weight, self.weight.group
         if group.size == 1:
-            return torch.mm(hidden, weight.rows.t(), out=out)
-        planes = group.all_gather(torch.mm(hidden, weight.rows.t()))  # (size, n, vocab of a rank)
+            return linear(hidden, weight.rows, out=out)
+        planes = group.all_gather(linear(hidden, weight.rows))  # (size, n, vocab of a rank)
         each = len(weight.rows)
         real = [plane[:, : max(0, weight.vocab_size - rank * each)] for rank, plane in enumerate(planes)]
         return torch.cat(real, dim=1, out=out)

@@ -20,7 +20,7 @@ def test_linear(rows: int, out: int, features: int, with_bias: bool, launch: Lau
     x = storage[:, 2:-3]
     x.copy_(torch.randn(rows, features))
     weight, bias = torch.randn(out, features).half(), torch.randn(out).half() if with_bias else None
-    y = linear(x, weight, bias, launch)
+    y = linear(x, weight, bias, launch=launch)
     expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     torch.testing.assert_close(y.float(), expected, rtol=2e-3, atol=2e-2)
 
