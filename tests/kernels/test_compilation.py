@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from manylora.kernels.activation_triton import _silu_and_mul
 from manylora.kernels.compilation import report_compilations
