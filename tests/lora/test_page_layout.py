@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import msgspec
 import pytest
 
 from manylora.lora.page_layout import (
@@ -18,30 +19,19 @@ from manylora.lora.page_layout import (
     module_sizes,
     pool_geometry,
 )
-from manylora.runtime.model_config import ModelConfig, RopeConfig
+from manylora.runtime.model_config import ModelConfig
+from tests.lora.adapters import small_model
 
 
 def make_model(hidden: int = 4096, layers: int = 32, kv_heads: int = 8) -> ModelConfig:
-    return ModelConfig(
-        family="llama",
-        vocab_size=1000,
+    """With heads of 128, and the proportions of an 8B model."""
+    return msgspec.structs.replace(
+        small_model(kv_heads),
         hidden_size=hidden,
         intermediate_size=hidden * 7 // 2,
         num_layers=layers,
         num_heads=hidden // 128,
-        num_kv_heads=kv_heads,
         head_dim=128,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(10000.0),
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        dtype="bfloat16",
-        bos_token_id=None,
-        eos_token_ids=(),
     )
 
 

@@ -11,30 +11,17 @@ import torch
 from manylora.lora.page_layout import PoolGeometry, pool_geometry
 from manylora.runtime.config import CacheArgs, LoRAArgs, ModelArgs, ParallelArgs, ScheduleArgs, ServerConfig
 from manylora.runtime.errors import OutOfMemoryError
-from manylora.runtime.model_config import ModelConfig, RopeConfig
 from manylora.tp_worker import memory_pool
 from manylora.tp_worker.memory_pool import GIB, PagePool, num_host_pages_that_fit, num_pages_that_fit
+from tests.lora.adapters import small_model
 
-MODEL = ModelConfig(
-    family="llama",
+MODEL = msgspec.structs.replace(
+    small_model(),
     vocab_size=1000,
     hidden_size=64,
     intermediate_size=512,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=16,
-    rms_norm_eps=1e-6,
-    rope=RopeConfig(10000.0),
     max_position_embeddings=4096,
-    tie_word_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    dtype="float32",
-    bos_token_id=None,
-    eos_token_ids=(),
 )
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
