@@ -2,9 +2,10 @@
 
 A step runs at most `max_loras_per_batch` distinct adapters. When a waiting adapter finds no place, the running one that
 will be done first is marked to *drain*, up to the step at which its running sequences are planned to have ended. Behind
-the blocked sequence a sequence of a draining adapter enters only if it will have ended by then; those of other
-running adapters and of the base model enter freely, since they do not hold up a place that is being drained. Several
-blocked adapters drain several places. Whoever is blocked by memory stops all behind it.
+the blocked sequence a sequence of a draining adapter enters only if it will have ended by then or soon after, so that
+requests that came together run together; those of other running adapters and of the base model enter freely, since they
+do not hold up a place that is being drained. Several blocked adapters drain several places. Whoever is blocked by
+memory stops all behind it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from manylora.scheduler.sequence_memory import SequenceMemory
 from manylora.scheduler.step import StepDraft
 from manylora.scheduler.version import DeviceCopy, Version
 
+DRAIN_GRACE = 4  # a drain may take longer than was planned by one part in so many
 BACKFILL_DEPTH = 32  # sequences of one draining adapter looked at in a step
 
 
@@ -29,7 +31,7 @@ class Drain:
     version: Version
     waiter: Version
     arrival: int
-    deadline: int  # step by which its running sequences were planned to have ended
+    deadline: int  # step by which its sequences must have ended
 
 
 class Admission:
@@ -119,7 +121,8 @@ class Admission:
                 ends[version.id] = max(end, ends.get(version.id, 0))
         if ends:
             first = min(ends, key=lambda version_id: ends[version_id])
-            self._drains[first] = Drain(versions[first], waiter, arrival, ends[first])
+            deadline = ends[first] + (ends[first] - step) // DRAIN_GRACE
+            self._drains[first] = Drain(versions[first], waiter, arrival, deadline)
             self._device.make_resident(waiter)
 
     def _drop_old_drains(self) -> None:

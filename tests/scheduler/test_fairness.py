@@ -78,6 +78,31 @@ def test_what_ends_before_the_drain_may_still_enter() -> None:
     assert blocked.version == 2
 
 
+def test_requests_that_come_together_run_together() -> None:
+    """An adapter that drains for others takes along what has just begun to wait, not what comes later."""
+    world = World(num_pages=200, max_loras=2, max_running=32, chunk=16, overlap=False)
+    for name in ("a", "b", "c", "d"):
+        world.load_now(name, f"p-{name}")
+    made = [
+        world.submit([i], lora=name, max_new=20, ignore_eos=True)[0]
+        for i, name in enumerate([*"abcd", *"aaaaaaabbbbbbb"])
+    ]
+    while not made[0].started:
+        world.step()
+        while world.acks():
+            world.ack()
+    for _ in range(4):
+        world.step()
+    running = [sequence for sequence in made if sequence.started]
+    assert running == [made[0], made[1], *made[4:]]
+    for _ in range(6):
+        world.step()
+    (late,) = world.submit([9], lora="a", max_new=20, ignore_eos=True)
+    while not made[0].ended:
+        world.step()
+    assert not late.started
+
+
 def test_several_adapters_in_turn_share_one_place() -> None:
     world = World(num_pages=100, max_loras=1, max_running=8, chunk=32, num_host_pages=16)
     names = [f"n{i}" for i in range(5)]
