@@ -83,41 +83,24 @@ def lora_expand_silu_and_mul(
         "maxnreg": registers(launch),
         **(overlapping(y.device) if beside else NOT_OVERLAPPING),
     }
-    _lora_expand_silu_and_mul[(min(num_units + num_bare, programs),)](
+    table: list[Any] = [offsets, *offsets.stride(), widths, *widths.stride(), scalings, *scalings.stride()]
+    arguments: list[Any] = [
         planes,
-        planes.stride(0),
-        planes.stride(1),
+        *planes.stride()[:2],
         pages,
-        offsets,
-        offsets.stride(0),
-        offsets.stride(1),
-        widths,
-        widths.stride(0),
-        widths.stride(1),
-        scalings,
-        scalings.stride(0),
-        scalings.stride(1),
+        *table,
         work.tiles,
         work.slices,
         work.max_tiles,
-        y,
-        y.stride(0),
-        out,
-        num_tokens,
-        size,
-        run,
-        runs,
-        num_units,
-        num_bare,
-        columns,
-        **meta,
-    )
+    ]
+    arguments += [y, y.stride(0), out, num_tokens, size, run, runs, num_units, num_bare, columns]
+    _lora_expand_silu_and_mul[(min(num_units + num_bare, programs),)](*arguments, **meta)
     return out
 
 
 @triton.jit
-def _find_pieces(pages, table, row_at, known, begin, end, QUANTUM: tl.constexpr, PREFETCH: tl.constexpr):
-    """`find_piece` of gate and of up, one after the other; rows [begin, end) of both are on their way.
+def _find_pieces(pages, table, row_at, known, QUANTUM: tl.constexpr):
+    """`find_piece` of gate and of up.
 
     table: offsets, widths and scalings, each with the strides of a row and a module. row_at: to the slice's row of it.
     """
@@ -132,10 +115,16 @@ def _find_pieces(pages, table, row_at, known, begin, end, QUANTUM: tl.constexpr,
     width_at += widths_module
     scaling_at += scalings_module
     up = find_piece(pages, offset_at, width_at, scaling_at, known, QUANTUM)
+    return gate, up
+
+
+@triton.jit
+def _prefetch_pieces(pieces, begin, end, PREFETCH: tl.constexpr):
+    """Rows [begin, end) of both."""
     if PREFETCH:
+        gate, up = pieces
         prefetch_rows(gate[0], gate[1], begin, end)
         prefetch_rows(up[0], up[1], begin, end)
-    return gate, up
 
 
 @triton.jit
@@ -255,12 +244,16 @@ def _lora_expand_silu_and_mul(
             token = (first + token).to(tl.int64)
             y_rows, out_rows = y + token[:, None] * y_stride, out + token[:, None] * size
             tile_rows = (token, in_tile, chunk_stride, columns)
-            slice_0 = _find_pieces(pages, table, tile + 4, count > 0, begin, end, QUANTUM, PREFETCH)
+            slice_0 = _find_pieces(pages, table, tile + 4, count > 0, QUANTUM)
+            _prefetch_pieces(slice_0, begin, end, PREFETCH)
             if count > 1:
                 more = slices + entry
-                slice_1 = _find_pieces(pages, table, more + 1, count > 1, begin, end, QUANTUM, PREFETCH)
-                slice_2 = _find_pieces(pages, table, more + 2, count > 2, begin, end, QUANTUM, PREFETCH)
-                slice_3 = _find_pieces(pages, table, more + 3, count > 3, begin, end, QUANTUM, PREFETCH)
+                slice_1 = _find_pieces(pages, table, more + 1, count > 1, QUANTUM)
+                slice_2 = _find_pieces(pages, table, more + 2, count > 2, QUANTUM)
+                slice_3 = _find_pieces(pages, table, more + 3, count > 3, QUANTUM)
+                _prefetch_pieces(slice_1, begin, end, PREFETCH)
+                _prefetch_pieces(slice_2, begin, end, PREFETCH)
+                _prefetch_pieces(slice_3, begin, end, PREFETCH)
                 wait_for_earlier(OVERLAPS)
                 let_next_start(OVERLAPS)
                 hidden_0 = _load_planes(planes, tile_rows, slice_0, PARTS, CHUNKS, BLOCK_R)
