@@ -35,7 +35,7 @@ _QUANTUM = 8  # divides every width
 # Blocks are of outputs of each of gate and up, and half as long with several slices.
 _FEW, _MANY = Launch(4, 64, 2, 4), Launch(4, 128, 4, 4)
 _FEW_TILES = 8  # as in `lora_expand_decode`
-_BARE_BLOCK = 256  # outputs of a group of rows without an adapter
+_BARE_BLOCK = 512  # outputs of a group of rows without an adapter
 
 
 def lora_expand_silu_and_mul(

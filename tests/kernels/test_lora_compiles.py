@@ -69,7 +69,7 @@ def test_the_fused_expand_reads_lists_and_weights_before_it_waits(num_tokens: in
     assert tiles.index("griddepcontrol.wait") < tiles.index("cp.async.cg")
     # Only rows without an adapter are not read ahead.
     loads = [line for line in fused.asm["ttgir"].splitlines() if "tt.load" in line and "bf16" in line]
-    assert ["tensor<8x256x!tt.ptr<bf16>" in line for line in loads] == [True, True]
+    assert ["tensor<8x512x!tt.ptr<bf16>" in line for line in loads] == [True, True]
 
 
 @pytest.mark.parametrize("site", SITES)
