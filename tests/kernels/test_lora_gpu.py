@@ -169,3 +169,58 @@ def test_beside_the_product_as_behind_it(name: str, num_tokens: int) -> None:
         graph.replay()
         expected = [y, silu_and_mul(y)] * 4
         assert all(torch.equal(found, wanted) for found, wanted in zip(chained, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def gate_up(dtype: torch.dtype) -> Site:
+    features, out_sizes = SITES["gate_up"]
+    ranks = [rank for rank in RANKS if rank <= 64]
+    return Site(features, out_sizes, ranks, dtype, "cuda", [*ABSENT, (2, 1), (4, 0), (4, 1)])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 256])
+def test_the_fused_gate_has_the_bits_of_expand_and_gate(gate_up: Site, num_tokens: int, pattern: str) -> None:
+    work = gate_up.work(popular_runs(pattern, num_tokens, len(gate_up.rows)), padding=3)
+    x, y = random_step(gate_up, num_tokens)
+    before = y.clone()
+    out = gate_up.apply_gated(work, x, y)
+    assert torch.equal(y, before)
+    gate_up.apply(work, x, y)
+    assert torch.equal(out, silu_and_mul(y))
+
+
+@pytest.mark.parametrize("pattern", ["distinct", "zipf"])
+@pytest.mark.parametrize("num_tokens", [1, 8, 33, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str, indirect=True)
+def test_the_fused_gate_beside_the_product(gate_up: Site, num_tokens: int, pattern: str) -> None:
+    """Product, shrink, fused gate and the product behind it, chained in a graph: the bits of one after another."""
+    features, size = gate_up.features, gate_up.out_sizes[0]
+    work = gate_up.work(popular_runs(pattern, num_tokens, len(gate_up.rows)))
+    weight = torch.randn(2 * size, features, device="cuda").bfloat16() / 32
+    weight_down = torch.randn(features, size, device="cuda").bfloat16() / 64
+    source = torch.randn(num_tokens, 2 * features, device="cuda").bfloat16()
+
+    def chain() -> list[torch.Tensor]:
+        results = []
+        for _ in range(4):
+            x = silu_and_mul(source)
+            out = gate_up.apply_gated(work, x, linear(x, weight), beside=True)
+            results += [out, linear(out, weight_down)]
+        return results
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chained = chain()
+    for _ in range(25):
+        source.normal_()
+        x = silu_and_mul(source)
+        y = linear(x, weight)
+        torch.cuda.synchronize()
+        gate_up.apply(work, x, y)
+        out = silu_and_mul(y)
+        torch.cuda.synchronize()
+        expected = [out, linear(out, weight_down)] * 4
+        graph.replay()
+        assert all(torch.equal(found, wanted) for found, wanted in zip(chained, expected, strict=True))
