@@ -6,17 +6,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton
+from triton import knobs
 
 from manylora.kernels.activation_triton import _silu_and_mul
 from manylora.kernels.compilation import report_compilations
 
 
 def test_a_compiled_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    hook_before = triton.knobs.runtime.jit_post_compile_hook
+    hook_before = knobs.runtime.jit_post_compile_hook
     reported: list[str] = []
     report_compilations(reported.append)
-    hook = triton.knobs.runtime.jit_post_compile_hook
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook_before)
+    hook = knobs.runtime.jit_post_compile_hook
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook_before)
     hook(key="", repr="_silu_and_mul[num_warps=4]", fn=_silu_and_mul, compile={}, is_manual_warmup=False)
     assert reported == ["_silu_and_mul[num_warps=4]"]
