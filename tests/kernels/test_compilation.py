@@ -18,5 +18,7 @@ def test_a_compiled_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     report_compilations(reported.append)
     hook = knobs.runtime.jit_post_compile_hook
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook_before)
-    hook(key="", repr="_silu_and_mul[num_warps=4]", fn=_silu_and_mul, compile={}, is_manual_warmup=False)
-    assert reported == ["_silu_and_mul[num_warps=4]"]
+    assert hook is not None
+    name = "_silu_and_mul[num_warps=4]"
+    hook(key="", repr=name, fn=_silu_and_mul, compile={}, is_manual_warmup=False, already_compiled=False)
+    assert reported == [name]
