@@ -72,6 +72,8 @@ def _write(descriptor: int, piece: torch.Tensor, offset: int) -> None:
 def _slice_of(tensor: torch.Tensor, which: int, index: int, width: int) -> torch.Tensor:
     """Slice `index` of a whole A (rank, in) or B (out, rank), its rank padded with zeros to `width`."""
     dim = 0 if which == A else 1
+    if tensor.shape[dim] == width <= SLICE_ROWS:
+        return tensor
     rows = min(SLICE_ROWS, tensor.shape[dim] - index * SLICE_ROWS)
     part = tensor.narrow(dim, index * SLICE_ROWS, rows)
     if rows == width:
@@ -91,4 +93,6 @@ def shard(whole: torch.Tensor, geometry: PoolGeometry, module: int, which: int, 
 def _part(whole: torch.Tensor, dim: int, size: int, tp_size: int, tp_rank: int) -> torch.Tensor:
     """`size` of `whole` along `dim` for a rank; where there are fewer parts than ranks, neighbours share one."""
     parts = whole.shape[dim] // size
+    if size == whole.shape[dim]:
+        return whole
     return whole.narrow(dim, tp_rank * parts // tp_size * size, size)
