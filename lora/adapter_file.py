@@ -1,6 +1,7 @@
-"""Where an adapter's two files come from, and their bytes: read once, into memory of our own.
+"""Where an adapter's two files come from, and their bytes: each read once, into memory of our own, and digested there.
 
-Whatever happens to the files later cannot reach what is served.
+Whatever happens to the files while they are read, the digest is of the bytes that were used; a file that becomes
+shorter is an error, which it would not be for a mapped one.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import hashlib
 import os
 import re
 import stat
+from io import FileIO
 from pathlib import Path
-
-import msgspec
+from types import TracebackType
 
 from manylora.lora.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from manylora.runtime.errors import AdapterRejectedError
@@ -19,15 +20,60 @@ from manylora.runtime.errors import AdapterRejectedError
 WEIGHTS_NAME = "adapter_model.safetensors"
 UNSAFE_WEIGHTS_NAME = "adapter_model.bin"
 MAX_WEIGHTS_BYTES = 16 * 1024**3
+_REST_BYTES = 1 << 20  # of a file that is only digested, at a time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
-class AdapterFile(msgspec.Struct, frozen=True):
-    """The bytes of one adapter. `digest` is the SHA-256 over both files."""
+class AdapterFile:
+    """An adapter under reading, front to back.
 
-    config: bytes
-    weights: bytearray
-    digest: str
+    config: the whole of its configuration; size: bytes of its weights file.
+    """
+
+    def __init__(self, config: bytes, path: Path, weights: FileIO, size: int) -> None:
+        self.config = config
+        self.size = size
+        self._path = path
+        self._weights = weights
+        self._left = size
+        self._hash = hashlib.sha256(len(config).to_bytes(8, "little") + config)
+
+    def __enter__(self) -> AdapterFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._weights.close()
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes of the weights file. Raises as `read_into`."""
+        data = bytearray(count)
+        self.read_into(memoryview(data))
+        return bytes(data)
+
+    def read_into(self, memory: memoryview) -> None:
+        """Fill `memory` with the next bytes of the weights file. Raises AdapterRejectedError if they are not there."""
+        filled = 0
+        while filled < len(memory):
+            try:
+                count = self._weights.readinto(memory[filled:])
+            except OSError as error:
+                raise _unreadable(self._path, error) from error
+            if not count:
+                raise AdapterRejectedError(
+                    f"{self._path} became shorter while it was read", param="lora_path"
+                )
+            filled += count
+        self._hash.update(memory)
+        self._left -= filled
+
+    def digest(self) -> str:
+        """The SHA-256 over both files, after reading what is left of the weights."""
+        memory = memoryview(bytearray(min(self._left, _REST_BYTES)))
+        while self._left:
+            self.read_into(memory[: self._left])
+        return self._hash.hexdigest()
 
 
 def resolve_adapter(lora_path: str) -> Path:
@@ -51,8 +97,8 @@ def resolve_adapter(lora_path: str) -> Path:
     return _download(lora_path)
 
 
-def read_adapter(directory: Path) -> AdapterFile:
-    """Read and digest both files. Raises AdapterRejectedError."""
+def open_adapter(directory: Path) -> AdapterFile:
+    """Read the configuration and begin with the weights; the caller closes it. Raises AdapterRejectedError."""
     weights_path = directory / WEIGHTS_NAME
     if not os.path.exists(weights_path) and os.path.exists(directory / UNSAFE_WEIGHTS_NAME):
         raise AdapterRejectedError(
@@ -60,11 +106,12 @@ def read_adapter(directory: Path) -> AdapterFile:
             f"{WEIGHTS_NAME}",
             param="lora_path",
         )
-    config = bytes(_read_file(directory / CONFIG_NAME, MAX_CONFIG_BYTES))
-    weights = _read_file(weights_path, MAX_WEIGHTS_BYTES)
-    digest = hashlib.sha256(len(config).to_bytes(8, "little") + config)
-    digest.update(weights)
-    return AdapterFile(config, weights, digest.hexdigest())
+    config_path = directory / CONFIG_NAME
+    file, size = _open_regular(config_path, MAX_CONFIG_BYTES)
+    with AdapterFile(b"", config_path, file, size) as config_file:
+        config = config_file.read(size)
+    file, size = _open_regular(weights_path, MAX_WEIGHTS_BYTES)
+    return AdapterFile(config, weights_path, file, size)
 
 
 def _download(repo_id: str) -> Path:
@@ -83,25 +130,27 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
-def _read_file(path: Path, limit: int) -> bytearray:
-    """The whole of a regular file of at most `limit` bytes."""
+def _open_regular(path: Path, limit: int) -> tuple[FileIO, int]:
+    """A regular file of at most `limit` bytes, and its size."""
     try:
-        with open(path, "rb", opener=_open_nonblocking) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise AdapterRejectedError(f"{path} is not a regular file", param="lora_path")
-            if status.st_size > limit:
-                raise AdapterRejectedError(
-                    f"{path} is {status.st_size} bytes long; at most {limit} are read", param="lora_path"
-                )
-            data = bytearray(status.st_size)
-            if file.readinto(data) < len(data):
-                raise AdapterRejectedError(f"{path} became shorter while it was read", param="lora_path")
-            return data
+        file = open(path, "rb", buffering=0, opener=_open_nonblocking)  # noqa: SIM115  the caller closes it
     except FileNotFoundError as error:
         raise AdapterRejectedError(f"there is no {path.absolute()}", param="lora_path") from error
     except OSError as error:
-        raise AdapterRejectedError(f"{path} cannot be read: {error.strerror}", param="lora_path") from error
+        raise _unreadable(path, error) from error
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+        return file, status.st_size
+    file.close()
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterRejectedError(f"{path} is not a regular file", param="lora_path")
+    raise AdapterRejectedError(
+        f"{path} is {status.st_size} bytes long; at most {limit} are read", param="lora_path"
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> AdapterRejectedError:
+    return AdapterRejectedError(f"{path} cannot be read: {error.strerror}", param="lora_path")
 
 
 def _open_nonblocking(path: str, flags: int) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.nn.functional import pad
 
-from manylora.lora.adapter_weights import AdapterWeights
+from manylora.lora.adapter_weights import Place
 from manylora.lora.page_layout import (
     ABSENT,
     NUM_MODULES,
@@ -17,65 +19,66 @@ from manylora.lora.page_layout import (
     AdapterLayout,
     B,
     PoolGeometry,
+    Ranks,
     adapter_layout,
 )
 from manylora.runtime.errors import AdapterLimitError
 
 
-def write_image(
-    path: Path, weights: AdapterWeights, geometry: PoolGeometry, dtype: torch.dtype
-) -> AdapterLayout:
+class Weights(Protocol):
+    """What an image is made of: an adapter's ranks, and each of its whole tensors once, in any order."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    def read(self) -> Iterator[tuple[Place, torch.Tensor]]: ...
+
+
+def write_image(path: Path, weights: Weights, geometry: PoolGeometry, dtype: torch.dtype) -> AdapterLayout:
     """Lay the adapter out for every rank into a new file; what no piece covers is zero.
 
-    Raises AdapterLimitError if shared memory is full.
+    `weights` has tensors of `dtype`, and may raise. Raises AdapterLimitError if shared memory is full.
     """
+    assert dtype.itemsize == geometry.itemsize
     layout = adapter_layout(geometry, weights.ranks)
-    total_bytes = layout.num_pages * geometry.page_bytes * geometry.tp_size
-    with open(path, "xb") as file:
-        try:
-            # Reserves the memory now: a write into a full /dev/shm through the map would kill this process.
-            os.posix_fallocate(file.fileno(), 0, total_bytes)
-            _fill(path, weights, geometry, layout, dtype)
-        except OSError as error:
-            raise AdapterLimitError(
-                f"shared memory has no room for the adapter's {total_bytes} bytes: {error.strerror}"
-            ) from error
+    rank_bytes = layout.num_pages * geometry.page_bytes
+    with open(path, "xb", buffering=0) as file:
+        # Written, not mapped: shared memory that is full is then an error and no end of this process, and a page comes
+        # into being with its bytes instead of zeroed first.
+        file.truncate(rank_bytes * geometry.tp_size)
+        for (layer, module, which), tensor in weights.read():
+            assert tensor.dtype == dtype
+            for index in range(-(-weights.ranks[layer][module] // SLICE_ROWS)):
+                flat = (index * geometry.num_layers + layer) * NUM_MODULES + module
+                offset = layout.offsets[flat * 2 + which]
+                assert offset != ABSENT
+                whole = _slice_of(tensor, which, index, layout.widths[flat])
+                for tp_rank in range(geometry.tp_size):
+                    piece = shard(whole, geometry, module, which, tp_rank)
+                    _write(file.fileno(), piece, tp_rank * rank_bytes + offset)
     return layout
 
 
-def _fill(
-    path: Path,
-    weights: AdapterWeights,
-    geometry: PoolGeometry,
-    layout: AdapterLayout,
-    dtype: torch.dtype,
-) -> None:
-    rank_elements = layout.num_pages * geometry.page_bytes // geometry.itemsize
-    mapped = torch.from_file(str(path), shared=True, size=rank_elements * geometry.tp_size, dtype=dtype)
-    images = mapped.view(geometry.tp_size, rank_elements)
-    for flat, width in enumerate(layout.widths):
-        if width == 0:
-            continue
-        module = flat % NUM_MODULES
-        index, layer = divmod(flat // NUM_MODULES, geometry.num_layers)
-        for which in (A, B):
-            offset = layout.offsets[flat * 2 + which]
-            assert offset != ABSENT
-            whole = _slice_of(weights.tensors[layer, module][which], which, index, width)
-            for tp_rank in range(geometry.tp_size):
-                piece = shard(whole, geometry, module, which, tp_rank)
-                start = offset // geometry.itemsize
-                images[tp_rank, start : start + piece.numel()] = piece.reshape(-1)
+def _write(descriptor: int, piece: torch.Tensor, offset: int) -> None:
+    data = piece.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    written = 0
+    try:
+        while written < len(data):
+            written += os.pwrite(descriptor, data[written:], offset + written)
+    except OSError as error:
+        raise AdapterLimitError(f"shared memory has no room for the adapter: {error.strerror}") from error
 
 
 def _slice_of(tensor: torch.Tensor, which: int, index: int, width: int) -> torch.Tensor:
     """Slice `index` of a whole A (rank, in) or B (out, rank), its rank padded with zeros to `width`."""
-    first = index * SLICE_ROWS
-    if which == A:
-        rows = tensor[first : first + SLICE_ROWS]
-        return pad(rows, (0, 0, 0, width - len(rows)))
-    columns = tensor[:, first : first + SLICE_ROWS]
-    return pad(columns, (0, width - columns.shape[1]))
+    dim = 0 if which == A else 1
+    if tensor.shape[dim] == width <= SLICE_ROWS:
+        return tensor
+    rows = min(SLICE_ROWS, tensor.shape[dim] - index * SLICE_ROWS)
+    part = tensor.narrow(dim, index * SLICE_ROWS, rows)
+    if rows == width:
+        return part
+    return pad(part, (0, 0, 0, width - rows) if which == A else (0, width - rows))
 
 
 def shard(whole: torch.Tensor, geometry: PoolGeometry, module: int, which: int, tp_rank: int) -> torch.Tensor:
@@ -90,4 +93,6 @@ def shard(whole: torch.Tensor, geometry: PoolGeometry, module: int, which: int, 
 def _part(whole: torch.Tensor, dim: int, size: int, tp_size: int, tp_rank: int) -> torch.Tensor:
     """`size` of `whole` along `dim` for a rank; where there are fewer parts than ranks, neighbours share one."""
     parts = whole.shape[dim] // size
+    if size == whole.shape[dim]:
+        return whole
     return whole.narrow(dim, tp_rank * parts // tp_size * size, size)

@@ -1,9 +1,14 @@
-"""An adapter's tensors, bound to the modules of this model: every one of them, in the model's dtype, finite."""
+"""An adapter's tensors, bound to the modules of this model: every one of them, in the model's dtype, finite.
+
+What can be refused by the two headers is refused before a tensor is read. Then the data passes once through a small
+buffer, which the processor's cache holds: digest, check of the values and the copy into the image find it there.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,41 +30,66 @@ _TENSOR_NAME = re.compile(
 )
 _PARENTS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in MODULES}
 _NAMES_SHOWN = 5
+_RUN_BYTES = 1 << 20  # read at a time: a processor's own cache holds it
+
+Place = tuple[int, int, int]  # layer, module, A or B
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterWeights:
-    """`tensors[layer, module]` is (lora_a (rank, in), lora_b (out, rank)); ranks and scalings are [layer][module]."""
-
-    tensors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
-    ranks: Ranks
-    scalings: tuple[tuple[float, ...], ...]
-
-    @property
-    def max_rank(self) -> int:
-        return max(max(layer) for layer in self.ranks)
-
-    @property
-    def modules(self) -> frozenset[str]:
-        return frozenset(MODULES[module] for _, module in self.tensors)
-
-
-@dataclass(slots=True)
 class _Half:
-    """A or B of one module, before it is read."""
+    """A or B of one module."""
 
+    place: Place
     name: str
     module: str  # full name in the base model
     entry: TensorEntry
 
+    @property
+    def num_bytes(self) -> int:
+        return self.entry.data_offsets[1] - self.entry.data_offsets[0]
+
+
+class AdapterWeights:
+    """A validated adapter whose tensors are still in its file. Ranks and scalings are [layer][module]."""
+
+    def __init__(
+        self,
+        file: AdapterFile,
+        halves: Sequence[_Half],
+        dtype: torch.dtype,
+        ranks: Ranks,
+        scalings: tuple[tuple[float, ...], ...],
+    ) -> None:
+        self.ranks = ranks
+        self.scalings = scalings
+        self._file = file
+        self._halves = halves  # in the file's order
+        self._dtype = dtype
+
+    def read(self) -> Iterator[tuple[Place, torch.Tensor]]:
+        """Each lora_a (rank, in) and lora_b (out, rank), in the file's order; it is overwritten after the next is asked for.
+
+        May be used once. Raises AdapterRejectedError for values that are not finite.
+        """
+        runs = _runs(self._halves)
+        memory = torch.empty(max(map(_total_bytes, runs)), dtype=torch.uint8)
+        view = memory.numpy().data
+        for run in runs:
+            num_bytes = _total_bytes(run)
+            self._file.read_into(view[:num_bytes])
+            values = _checked(memory[:num_bytes].view(_DTYPES[run[0].entry.dtype]), run, self._dtype)
+            start = 0
+            for half in run:
+                rows, columns = half.entry.shape
+                yield half.place, values[start : start + rows * columns].view(rows, columns)
+                start += rows * columns
+
 
 def bind_adapter(file: AdapterFile, model: ModelConfig, dtype: torch.dtype) -> AdapterWeights:
-    """Validate both files against the model and give their tensors in `dtype`. Raises AdapterRejectedError."""
+    """Validate configuration and header against the model, to read the tensors as `dtype`. Raises AdapterRejectedError."""
     config = parse_adapter_config(file.config)
-    entries, data_start = read_header(file.weights)
-    halves = _bind_names(entries, model.num_layers)
+    halves = _bind_names(read_header(file.read, file.size), model.num_layers)
     sizes = module_sizes(model)
-    tensors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     ranks = [[0] * len(MODULES) for _ in range(model.num_layers)]
     scalings = [[0.0] * len(MODULES) for _ in range(model.num_layers)]
     for layer, module in sorted({place[:2] for place in halves}):
@@ -68,31 +98,30 @@ def bind_adapter(file: AdapterFile, model: ModelConfig, dtype: torch.dtype) -> A
         in_size, out_size = sizes[module]
         _check_shape(lora_a, (rank, in_size), config)
         _check_shape(lora_b, (out_size, rank), config)
-        tensors[layer, module] = (
-            _read_tensor(file.weights, data_start, lora_a, dtype),
-            _read_tensor(file.weights, data_start, lora_b, dtype),
-        )
         ranks[layer][module] = rank
         scalings[layer][module] = config.scaling(lora_a.module)
-    return AdapterWeights(tensors, tuple(map(tuple, ranks)), tuple(map(tuple, scalings)))
+    in_order = sorted(halves.values(), key=lambda half: half.entry.data_offsets)
+    return AdapterWeights(file, in_order, dtype, tuple(map(tuple, ranks)), tuple(map(tuple, scalings)))
 
 
-def check_limits(weights: AdapterWeights, args: LoRAArgs, lora_name: str) -> None:
+def check_limits(ranks: Ranks, args: LoRAArgs, lora_name: str) -> None:
     """Raise AdapterLimitError if the adapter exceeds --max-lora-rank or --lora-target-modules."""
-    rank_fits = args.max_lora_rank is None or weights.max_rank <= args.max_lora_rank
-    modules_fit = args.target_modules is None or weights.modules <= set(args.target_modules)
+    max_rank = max(max(layer) for layer in ranks)
+    modules = {name for layer in ranks for name, rank in zip(MODULES, layer, strict=True) if rank}
+    rank_fits = args.max_lora_rank is None or max_rank <= args.max_lora_rank
+    modules_fit = args.target_modules is None or modules <= set(args.target_modules)
     if rank_fits and modules_fit:
         return
     raise AdapterLimitError(
-        f"LoRA adapter {lora_name} with rank {weights.max_rank} is incompatible with the current LoRA memory pool "
+        f"LoRA adapter {lora_name} with rank {max_rank} is incompatible with the current LoRA memory pool "
         "configuration. Please ensure that the LoRA adapter's rank is within the configured `--max-lora-rank` and that "
         "the target modules are included in `--lora-target-modules`."
     )
 
 
-def _bind_names(entries: dict[str, TensorEntry], num_layers: int) -> dict[tuple[int, int, int], _Half]:
+def _bind_names(entries: dict[str, TensorEntry], num_layers: int) -> dict[Place, _Half]:
     """(layer, module, A or B) -> tensor."""
-    halves: dict[tuple[int, int, int], _Half] = {}
+    halves: dict[Place, _Half] = {}
     unbound: list[str] = []
     for name, entry in entries.items():
         match = _TENSOR_NAME.fullmatch(name)
@@ -104,7 +133,7 @@ def _bind_names(entries: dict[str, TensorEntry], num_layers: int) -> dict[tuple[
             raise AdapterRejectedError(
                 f"the adapter has two tensors for one place: {halves[place].name} and {name}", param=name
             )
-        halves[place] = _Half(name, match["module"], entry)
+        halves[place] = _Half(place, name, match["module"], entry)
     if unbound:
         more = f" and {len(unbound) - _NAMES_SHOWN} more" if len(unbound) > _NAMES_SHOWN else ""
         raise AdapterRejectedError(
@@ -120,7 +149,7 @@ def _is_in_model(match: re.Match[str], num_layers: int) -> bool:
     return int(match["layer"]) < num_layers and _PARENTS.get(match["projection"]) == parent
 
 
-def _pair(halves: dict[tuple[int, int, int], _Half], layer: int, module: int) -> tuple[_Half, _Half]:
+def _pair(halves: dict[Place, _Half], layer: int, module: int) -> tuple[_Half, _Half]:
     lora_a, lora_b = halves.get((layer, module, A)), halves.get((layer, module, B))
     if lora_a is None or lora_b is None:
         missing = "lora_A" if lora_a is None else "lora_B"
@@ -137,22 +166,43 @@ def _check_shape(half: _Half, expected: tuple[int, int], config: AdapterConfig) 
         )
 
 
-def _read_tensor(data: bytearray, data_start: int, half: _Half, dtype: torch.dtype) -> torch.Tensor:
-    entry = half.entry
-    rows, columns = entry.shape
-    stored = torch.frombuffer(
-        data, dtype=_DTYPES[entry.dtype], count=rows * columns, offset=data_start + entry.data_offsets[0]
-    ).view(rows, columns)
+def _runs(halves: Sequence[_Half]) -> list[list[_Half]]:
+    """`halves` cut into runs of one dtype and at most _RUN_BYTES, or of one tensor that is longer."""
+    runs: list[list[_Half]] = []
+    num_bytes = 0
+    for half in halves:
+        num_bytes += half.num_bytes
+        if not runs or runs[-1][0].entry.dtype != half.entry.dtype or num_bytes > _RUN_BYTES:
+            runs.append([])
+            num_bytes = half.num_bytes
+        runs[-1].append(half)
+    return runs
+
+
+def _total_bytes(run: Sequence[_Half]) -> int:
+    return sum(half.num_bytes for half in run)
+
+
+def _checked(stored: torch.Tensor, run: Sequence[_Half], dtype: torch.dtype) -> torch.Tensor:
+    """The values of a run as `dtype`, finite before and after."""
     if not _is_finite(stored):
-        raise AdapterRejectedError(f"{half.name} has values that are not finite", param=half.name)
+        name = _first_bad(stored, run)
+        raise AdapterRejectedError(f"{name} has values that are not finite", param=name)
     if stored.dtype == dtype:
         return stored
     converted = stored.to(dtype)
     if not _is_finite(converted):
+        name = _first_bad(converted, run)
         raise AdapterRejectedError(
-            f"{half.name} has values beyond the range of {str(dtype).removeprefix('torch.')}", param=half.name
+            f"{name} has values beyond the range of {str(dtype).removeprefix('torch.')}", param=name
         )
     return converted
+
+
+def _first_bad(values: torch.Tensor, run: Sequence[_Half]) -> str:
+    """The name of the first tensor of a run that is not finite; there is one."""
+    parts = values.split([math.prod(half.entry.shape) for half in run])
+    return next(half.name for half, part in zip(run, parts, strict=True) if not _is_finite(part))
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from manylora.runtime.errors import OutOfMemoryError
 
 _TOUCHING_THREADS = 8
 _TOUCHED_AT_ONCE = 256 << 20  # bytes
+_READ_AT_ONCE = 256 << 20  # bytes
+_MAX_PAGES_AT_ONCE = 1024  # what the system takes in one call
 
 
 class HostArena:
@@ -33,10 +36,14 @@ class HostArena:
 
     def read(self, path: str, offset: int, host_pages: Sequence[int]) -> None:
         """Copy consecutive pages of file `path`, from byte `offset` on, into `host_pages`. Raises OSError."""
-        with open(path, "rb") as file:
-            file.seek(offset)
-            for page in host_pages:
-                if file.readinto(self._rows[page]) < self._rows.shape[1]:
+        page_bytes = self._rows.shape[1]
+        at_once = max(1, min(_READ_AT_ONCE // page_bytes, _MAX_PAGES_AT_ONCE))
+        with open(path, "rb", buffering=0) as file:
+            # Many pages a call: between calls this thread waits for its turn beside the step loop.
+            for first in range(0, len(host_pages), at_once):
+                rows = [self._rows[page] for page in host_pages[first : first + at_once]]
+                start = offset + first * page_bytes
+                if os.preadv(file.fileno(), rows, start) < len(rows) * page_bytes:
                     raise OSError(f"{path} ends before its last page")
 
 

@@ -7,16 +7,23 @@ It has no GPU and no state worth keeping: a hostile file or a slow disk can cost
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import os
+import queue
+import socket
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import zmq
 
-from manylora.lora.adapter_file import read_adapter, resolve_adapter
+from manylora.lora.adapter_file import AdapterFile, open_adapter, resolve_adapter
 from manylora.lora.adapter_image import write_image
 from manylora.lora.adapter_weights import bind_adapter, check_limits
 from manylora.lora.page_layout import pool_geometry
@@ -37,9 +44,11 @@ from manylora.runtime.model_config import DTYPE_BYTES, load_model_config
 
 logger = logging.getLogger("manylora.lora")
 
+_MAX_THREADS = 8
+
 
 class Loader:
-    """Turns one LoadJob after another into an AdapterImage or a LoadFailed."""
+    """Turns LoadJobs into an AdapterImage or a LoadFailed each. Has no state: any thread may call it."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._args = config.lora
@@ -70,20 +79,26 @@ class Loader:
 
     def _load(self, job: LoadJob, path: Path) -> AdapterImage:
         started = time.monotonic()
-        file = read_adapter(resolve_adapter(job.lora_path))
-        if job.digest and file.digest != job.digest:
-            raise AdapterChangedError(
-                f"the files of {job.lora_path} are no longer those that were loaded; load the adapter again",
-                param="lora_path",
-            )
+        with open_adapter(resolve_adapter(job.lora_path)) as file:
+            try:
+                image = self._lay_out(job, file, path)
+            except ManyloraError:
+                if job.digest:  # what is wrong with it may be what has changed
+                    _check_unchanged(job, file)
+                raise
+            if job.digest:
+                _check_unchanged(job, file)
+            logger.debug("laid out %s in %.3f s", job.lora_path, time.monotonic() - started)
+            return image
+
+    def _lay_out(self, job: LoadJob, file: AdapterFile, path: Path) -> AdapterImage:
         weights = bind_adapter(file, self._model, self._dtype)
-        check_limits(weights, self._args, job.lora_name or job.lora_path)
+        check_limits(weights.ranks, self._args, job.lora_name or job.lora_path)
         layout = write_image(path, weights, self._geometry, self._dtype)
-        logger.debug("laid out %s in %.3f s", job.lora_path, time.monotonic() - started)
         return AdapterImage(
             job.job,
             str(path),
-            file.digest,
+            file.digest(),
             weights.ranks,
             weights.scalings,
             layout.num_pages,
@@ -91,28 +106,87 @@ class Loader:
         )
 
 
+def _check_unchanged(job: LoadJob, file: AdapterFile) -> None:
+    if file.digest() != job.digest:
+        raise AdapterChangedError(
+            f"the files of {job.lora_path} are no longer those that were loaded; load the adapter again",
+            param="lora_path",
+        )
+
+
+class LoadThreads:
+    """Several loads at once: hashing, reading, torch and writing let other threads run.
+
+    Poll `fileno()`: it is readable while `drain()` has answers. They leave in the order in which they are done.
+    """
+
+    def __init__(self, handle: Callable[[LoadJob], AdapterImage | LoadFailed], num_threads: int) -> None:
+        self._handle = handle
+        self._threads = ThreadPoolExecutor(num_threads, "load")
+        self._done: queue.SimpleQueue[Future[AdapterImage | LoadFailed]] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+
+    def submit(self, job: LoadJob) -> None:
+        """Have it handled, after those submitted before have begun."""
+        self._threads.submit(self._handle, job).add_done_callback(self._on_done)
+
+    def fileno(self) -> int:
+        return self._wake_read.fileno()
+
+    def drain(self) -> list[AdapterImage | LoadFailed]:
+        """The answers that are here now. Never waits. Raises what `handle` raised."""
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+        answers: list[AdapterImage | LoadFailed] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                answers.append(self._done.get_nowait().result())
+        return answers
+
+    def close(self) -> None:
+        """Finish the loads that have begun, drop the others, and end the threads."""
+        self._threads.shutdown(cancel_futures=True)
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _on_done(self, future: Future[AdapterImage | LoadFailed]) -> None:
+        self._done.put(future)
+        with contextlib.suppress(BlockingIOError):  # full: the main thread is being woken anyway
+            self._wake_write.send(b"\0")
+
+
+def num_load_threads(num_cores: int) -> int:
+    """Half the cores: the other half serves. More than a few gain nothing, as each holds the interpreter at times."""
+    return max(1, min(_MAX_THREADS, num_cores // 2))
+
+
 def main(config: ServerConfig, context: ChildContext) -> None:
-    """Serve the scheduler's jobs until it or the supervisor says Shutdown."""
+    """Serve the scheduler's jobs until it or the supervisor says Shutdown, which waits for none of them."""
     torch.set_num_threads(1)
-    loader = Loader(config)
     pipe: Pipe[LoaderToScheduler, SchedulerToLoader] = context.connect(
         "loader", sends=LoaderToScheduler, receives=SchedulerToLoader
     )
+    threads = LoadThreads(Loader(config).handle, num_load_threads(len(os.sched_getaffinity(0))))
+    gc.collect()
+    gc.freeze()  # a collection that walks through all of torch takes longer than a load
     pipe.send(LoaderReady())
     context.ready()
     poller: Any = zmq.Poller()
-    for socket in (pipe.socket, context.supervisor.socket):
-        poller.register(socket, zmq.POLLIN)
+    for source in (pipe.socket, context.supervisor.socket, threads):
+        poller.register(source, zmq.POLLIN)
     try:
         while True:
             poller.poll()
             if context.supervisor.recv() is not None:  # whatever it says, it means the end
                 return
-            message = pipe.recv()
-            if isinstance(message, Shutdown):
-                return
-            if isinstance(message, LoadJob):
-                pipe.send(loader.handle(message))
+            for message in pipe.drain():
+                if isinstance(message, Shutdown):
+                    return
+                threads.submit(message)
+            for answer in threads.drain():
+                pipe.send(answer)
     finally:
         pipe.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -35,19 +36,22 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_offsets: tuple[Size, Size]
 
 
-def read_header(data: bytes | bytearray | memoryview) -> tuple[dict[str, TensorEntry], int]:
-    """The tensors of a whole file by name, and where its data starts. Raises AdapterRejectedError."""
-    if len(data) < 8:
-        raise _rejected(f"is {len(data)} bytes long")
-    (header_bytes,) = struct.unpack_from("<Q", data)
+def read_header(read: Callable[[int], bytes], size: int) -> dict[str, TensorEntry]:
+    """The tensors by name of a file of `size` bytes, whose next bytes `read(count)` gives: up to the data.
+
+    Raises AdapterRejectedError.
+    """
+    if size < 8:
+        raise _rejected(f"is {size} bytes long")
+    (header_bytes,) = struct.unpack("<Q", read(8))
     if header_bytes > MAX_HEADER_BYTES:
         raise _rejected(f"claims a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read")
-    data_start = 8 + header_bytes
-    if data_start > len(data):
+    data_bytes = size - 8 - header_bytes
+    if data_bytes < 0:
         raise _rejected("is cut off inside its header")
-    entries = _entries(bytes(memoryview(data)[8:data_start]))
-    _check_extents(entries, len(data) - data_start)
-    return entries, data_start
+    entries = _entries(read(header_bytes))
+    _check_extents(entries, data_bytes)
+    return entries
 
 
 def _entries(header: bytes) -> dict[str, TensorEntry]:

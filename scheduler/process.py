@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from manylora.runtime.messages import (
     WorkerToScheduler,
 )
 from manylora.runtime.model_config import DTYPE_BYTES, load_model_config
+from manylora.scheduler.file_remover import FileRemover
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
 
 logger = logging.getLogger("manylora.scheduler")
@@ -67,6 +67,7 @@ class SchedulerProcess:
         ]
         self._loader: Pipe[SchedulerToLoader, LoaderToScheduler] = self._bind_loader(0)
         self._loader_ready = False
+        self._remover = FileRemover()
         self._stopping = False
         self._start_reply: AdapterReply | None = None
         self._checked = False
@@ -237,9 +238,7 @@ class SchedulerProcess:
                 ):  # it just died: `loader_lost` is about to fail the job
                     self._loader.send(message)
             scheduler.to_loader.clear()
-        for path in scheduler.released_images:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        self._remover.remove(scheduler.released_images)
         scheduler.released_images.clear()
 
     def _handle_supervisor(self) -> None:
@@ -263,7 +262,7 @@ class SchedulerProcess:
         wanted = self._scheduler.images()
         for path in Path(self._config.shm_dir).iterdir():  # half an image is memory that nobody would free
             if str(path) not in wanted:
-                path.unlink()
+                path.unlink(missing_ok=True)  # the remover may be at it
 
 
 def main(config: ServerConfig, context: ChildContext) -> None:

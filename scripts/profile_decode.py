@@ -24,7 +24,7 @@ import torch
 from bench_common import Bench, Result, make_arguments, run_to_end
 from torch.profiler import ProfilerActivity, profile
 
-from manylora.lora.adapter_file import read_adapter
+from manylora.lora.adapter_file import open_adapter
 from manylora.lora.adapter_image import write_image
 from manylora.lora.adapter_weights import AdapterWeights, bind_adapter
 from manylora.lora.delta import attach_deltas
@@ -102,8 +102,9 @@ def build(bench: Bench, shape: StepShape, num_adapters: int, device: torch.devic
     )
     with tempfile.TemporaryDirectory(prefix="manylora-profile-") as directory:
         image = Path(directory) / "image"
-        weights = bind_adapter(read_adapter(Path(bench.adapter_dir(RANK))), bench.model, dtype)
-        layout = write_image(image, weights, geometry, dtype)
+        with open_adapter(Path(bench.adapter_dir(RANK))) as file:
+            weights = bind_adapter(file, bench.model, dtype)
+            layout = write_image(image, weights, geometry, dtype)
         lora_pages = num_adapters * layout.num_pages
         pool = PagePool(geometry, lora_pages + shape.batch * shape.row_pages, dtype, device)
         pool.elements.zero_()

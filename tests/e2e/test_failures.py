@@ -151,6 +151,26 @@ def test_a_dead_loader_is_started_again(model_dir: Path, tiny_models: TinyModels
         assert server.load("one", tiny_models.adapter("llama", "r4_qv")).status == 200
 
 
+def test_a_loader_killed_with_several_loads_under_way(
+    model_dir: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """Every one of them is told; nothing of them stays; the next loader serves the same calls."""
+    adapter = tiny_models.adapter("llama", "r4_qv")
+    with running_server(model_dir, "--enable-lora", log_dir=tmp_path) as server:
+        old = server.children()["loader"]
+        os.kill(old, signal.SIGSTOP)
+        calls = [Background(lambda name=f"a{i}": server.load(name, adapter)) for i in range(4)]
+        time.sleep(0.5)
+        assert all(call.running for call in calls)
+        os.kill(old, signal.SIGKILL)
+        for call in calls:
+            reply = call.result(20)
+            assert (reply.status, reply.body["loaded_adapters"]) == (500, {}), reply.body
+            assert "process that reads adapters died" in reply.body["error_message"]
+        wait_until(lambda: server.children().get("loader", old) != old, "the next loader")
+        assert [server.load(f"a{i}", adapter).status for i in range(4)] == [200] * 4
+
+
 def test_when_the_supervisor_is_killed_its_children_go_too(model_dir: Path, tmp_path: Path) -> None:
     server = Server(["--model-path", str(model_dir), "--device", "cpu"], tmp_path / "server.log")
     try:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from manylora.lora.adapter_file import AdapterFile, read_adapter
-from manylora.lora.adapter_weights import AdapterWeights
+from manylora.lora.adapter_file import open_adapter
+from manylora.lora.adapter_weights import Place, bind_adapter
 from manylora.lora.page_layout import (
     MODULES,
     NUM_MODULES,
+    A,
+    B,
     PoolGeometry,
     Ranks,
     module_sizes,
@@ -25,6 +28,20 @@ from manylora.lora.page_layout import (
 from manylora.runtime.model_config import ModelConfig, RopeConfig
 
 LAYERS = 2
+
+
+@dataclass(frozen=True)
+class WholeWeights:
+    """An adapter in memory: `tensors[layer, module]` is (lora_a (rank, in), lora_b (out, rank))."""
+
+    tensors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
+    ranks: Ranks
+    scalings: tuple[tuple[float, ...], ...]
+
+    def read(self) -> Iterator[tuple[Place, torch.Tensor]]:
+        for (layer, module), pair in self.tensors.items():
+            for which, tensor in enumerate(pair):
+                yield (layer, module, which), tensor
 
 
 def small_model(kv_heads: int = 2) -> ModelConfig:
@@ -62,7 +79,7 @@ def same_ranks(rank: int, modules: tuple[str, ...] = MODULES) -> Ranks:
 
 def random_weights(
     model: ModelConfig, ranks: Ranks, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> AdapterWeights:
+) -> WholeWeights:
     """Normal A and B, another scaling for every module."""
     generator = torch.Generator().manual_seed(seed)
     sizes = module_sizes(model)
@@ -76,7 +93,7 @@ def random_weights(
                 lora_b = torch.randn(out_size, rank, generator=generator) * rank**-0.5
                 tensors[layer, module] = (lora_a.to(dtype), lora_b.to(dtype))
                 scalings[layer][module] = 0.5 + 0.25 * (seed + layer + module)
-    return AdapterWeights(tensors, ranks, tuple(map(tuple, scalings)))
+    return WholeWeights(tensors, ranks, tuple(map(tuple, scalings)))
 
 
 def tensor_name(layer: int, module: int, which: str) -> str:
@@ -84,7 +101,7 @@ def tensor_name(layer: int, module: int, which: str) -> str:
     return f"base_model.model.model.layers.{layer}.{parent}.{MODULES[module]}.lora_{which}.weight"
 
 
-def named_tensors(weights: AdapterWeights) -> dict[str, torch.Tensor]:
+def named_tensors(weights: WholeWeights) -> dict[str, torch.Tensor]:
     return {
         tensor_name(layer, module, which): tensor
         for (layer, module), pair in weights.tensors.items()
@@ -101,8 +118,13 @@ def write_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], **config
     return directory
 
 
-def adapter_file(directory: Path, tensors: Mapping[str, torch.Tensor], **config: Any) -> AdapterFile:
-    return read_adapter(write_adapter(directory, tensors, **config))
+def bind_files(directory: Path, model: ModelConfig, dtype: torch.dtype) -> WholeWeights:
+    """All that an adapter's files hold for a model."""
+    with open_adapter(directory) as file:
+        weights = bind_adapter(file, model, dtype)
+        halves = {place: tensor.clone() for place, tensor in weights.read()}
+    tensors = {place[:2]: (halves[*place[:2], A], halves[*place[:2], B]) for place in halves}
+    return WholeWeights(tensors, weights.ranks, weights.scalings)
 
 
 class LockstepGroup:

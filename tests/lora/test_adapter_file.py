@@ -1,5 +1,7 @@
 """Finding and reading an adapter's files, and everything a safetensors file can have wrong."""
 
+import hashlib
+import io
 import json
 import os
 import struct
@@ -10,10 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from manylora.lora.adapter_file import read_adapter, resolve_adapter
-from manylora.lora.safetensors_header import MAX_DIMS, MAX_HEADER_BYTES, MAX_TENSORS, read_header
+from manylora.lora.adapter_file import open_adapter, resolve_adapter
+from manylora.lora.safetensors_header import (
+    MAX_DIMS,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    TensorEntry,
+    read_header,
+)
 from manylora.runtime.errors import AdapterRejectedError
 from tests.lora.adapters import write_adapter
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -21,8 +31,8 @@ def adapter(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter", {"a": torch.ones(2, 3), "b": torch.ones(4)})
 
 
-def packed(header: Any, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+def packed(fields: Any, data: bytes = b"") -> bytes:
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
@@ -61,36 +71,67 @@ def test_a_file_is_not_a_directory(adapter: Path) -> None:
         resolve_adapter(str(adapter / "adapter_config.json"))
 
 
+def digest(directory: Path) -> str:
+    with open_adapter(directory) as file:
+        return file.digest()
+
+
+def header(data: bytes | bytearray) -> dict[str, TensorEntry]:
+    return read_header(io.BytesIO(data).read, len(data))
+
+
 def test_the_digest_is_of_both_files(adapter: Path) -> None:
-    first = read_adapter(adapter)
-    assert first.digest == read_adapter(adapter).digest
-    assert bytes(first.weights) == (adapter / "adapter_model.safetensors").read_bytes()
-    seen = {first.digest}
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    config, weights = (adapter / CONFIG).read_bytes(), (adapter / WEIGHTS).read_bytes()
+    expected = hashlib.sha256(len(config).to_bytes(8, "little") + config + weights).hexdigest()
+    assert digest(adapter) == expected
+    with open_adapter(adapter) as file:
+        assert (file.config, file.size) == (config, len(weights))
+        rest = bytearray(len(weights) - 9)
+        assert file.read(9) == weights[:9]
+        file.read_into(memoryview(rest))
+        assert rest == weights[9:]
+        assert file.digest() == expected
+    seen = {expected}
+    for name in (CONFIG, WEIGHTS):
         with (adapter / name).open("ab") as file:
             file.write(b" ")
-        seen.add(read_adapter(adapter).digest)
+        seen.add(digest(adapter))
     assert len(seen) == 3
 
 
-def test_what_was_read_does_not_change_with_the_file(adapter: Path) -> None:
-    file = read_adapter(adapter)
-    before = bytes(file.weights)
-    (adapter / "adapter_model.safetensors").write_bytes(b"gone")
-    assert bytes(file.weights) == before
+def test_the_digest_is_of_what_was_read(adapter: Path) -> None:
+    """The file changes in the middle: what was read before counts as it was."""
+    path = adapter / WEIGHTS
+    config, weights = (adapter / CONFIG).read_bytes(), path.read_bytes()
+    with open_adapter(adapter) as file:
+        assert file.read(10) == weights[:10]
+        with path.open("r+b") as writer:
+            writer.write(b"\xff" * len(weights) + b"more")
+        mixed = weights[:10] + b"\xff" * (len(weights) - 10)
+        assert file.digest() == hashlib.sha256(len(config).to_bytes(8, "little") + config + mixed).hexdigest()
+
+
+def test_a_file_that_becomes_shorter(adapter: Path) -> None:
+    with open_adapter(adapter) as file:
+        file.read(10)
+        os.truncate(adapter / WEIGHTS, 30)
+        with pytest.raises(AdapterRejectedError, match="became shorter while it was read"):
+            file.read(file.size - 10)
+        with pytest.raises(AdapterRejectedError, match="became shorter while it was read"):
+            file.digest()
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_missing_file_is_named(adapter: Path, name: str) -> None:
     (adapter / name).unlink()
     with pytest.raises(AdapterRejectedError, match=f"there is no .*{name}"):
-        read_adapter(adapter)
+        open_adapter(adapter)
 
 
 def test_pickled_weights_are_refused_by_name(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(AdapterRejectedError, match=r"only adapter_model\.bin, a pickle"):
-        read_adapter(adapter)
+        open_adapter(adapter)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
@@ -98,27 +139,28 @@ def test_only_regular_files_are_read(adapter: Path, make: Callable[[Path], None]
     (adapter / "adapter_model.safetensors").unlink()
     make(adapter / "adapter_model.safetensors")
     with pytest.raises(AdapterRejectedError, match=r"is not a regular file|: Is a directory"):
-        read_adapter(adapter)
+        open_adapter(adapter)
 
 
 def test_a_long_config_is_not_read(adapter: Path) -> None:
     (adapter / "adapter_config.json").write_bytes(b" " * (256 * 1024 + 1))
     with pytest.raises(AdapterRejectedError, match="262145 bytes long"):
-        read_adapter(adapter)
+        open_adapter(adapter)
 
 
 def test_header_of_a_real_file(adapter: Path) -> None:
     data = (adapter / "adapter_model.safetensors").read_bytes()
-    entries, start = read_header(data)
+    stream = io.BytesIO(data)
+    entries = read_header(stream.read, len(data))
     assert {name: tensor.shape for name, tensor in entries.items()} == {"a": (2, 3), "b": (4,)}
-    assert len(data) - start == 4 * (6 + 4)
+    assert len(data) - stream.tell() == 4 * (6 + 4)
 
 
 GOOD = {"a": entry([2], 0, 8), "b": entry([1, 2], 8, 12, "BF16")}
 
 
 def test_header_with_metadata() -> None:
-    entries, _ = read_header(packed({"__metadata__": {"format": "pt"}, **GOOD}, b"\0" * 12))
+    entries = header(packed({"__metadata__": {"format": "pt"}, **GOOD}, b"\0" * 12))
     assert sorted(entries) == ["a", "b"]
 
 
@@ -165,7 +207,7 @@ def test_header_with_metadata() -> None:
 )
 def test_corrupt_headers(data: bytes, problem: str) -> None:
     with pytest.raises(AdapterRejectedError, match=problem):
-        read_header(data)
+        header(data)
 
 
 def test_no_cut_or_flip_of_a_file_gets_past_as_something_else(adapter: Path) -> None:
@@ -173,13 +215,12 @@ def test_no_cut_or_flip_of_a_file_gets_past_as_something_else(adapter: Path) -> 
     data = (adapter / "adapter_model.safetensors").read_bytes()
     for length in range(len(data)):
         with pytest.raises(AdapterRejectedError):
-            read_header(data[:length])
-    _, start = read_header(data)
-    for position in range(start):
+            header(data[:length])
+    for position in range(len(data) - 4 * (6 + 4)):
         changed = bytearray(data)
         changed[position] ^= 0x01
         try:
-            entries, data_start = read_header(changed)
+            entries = header(changed)
         except AdapterRejectedError:
             continue
-        assert max(tensor.data_offsets[1] for tensor in entries.values()) == len(data) - data_start
+        assert max(tensor.data_offsets[1] for tensor in entries.values()) == 4 * (6 + 4)

@@ -1,12 +1,12 @@
 """Images hold the whole adapter: A and B put together again from all ranks' pieces are the ones that went in."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from manylora.lora.adapter_image import write_image
-from manylora.lora.adapter_weights import AdapterWeights
 from manylora.lora.page_layout import (
     NUM_MODULES,
     ROW_PARALLEL,
@@ -19,7 +19,7 @@ from manylora.lora.page_layout import (
     adapter_layout,
 )
 from manylora.runtime.errors import AdapterLimitError
-from tests.lora.adapters import LAYERS, random_weights, same_ranks, small_geometry, small_model
+from tests.lora.adapters import LAYERS, WholeWeights, random_weights, same_ranks, small_geometry, small_model
 
 MIXED = ((4, 0, 16, 24, 0, 64, 8), (0, 1, 0, 0, 17, 0, 33))
 
@@ -65,7 +65,7 @@ def same(copies: list[torch.Tensor]) -> torch.Tensor:
 
 
 def check_whole(
-    weights: AdapterWeights, found: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
+    weights: WholeWeights, found: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
     assert found.keys() == weights.tensors.keys()
     for place, (lora_a, lora_b) in weights.tensors.items():
@@ -114,15 +114,33 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_full_shared_memory_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, offset: int, length: int) -> None:
-        raise OSError(28, "No space left on device")
+    """The system writes what still fits, and then says so."""
+    whole_write, calls = os.pwrite, 0
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise OSError(28, "No space left on device")
+        return whole_write(descriptor, data[: len(data) // 2 + 1], offset)
+
+    monkeypatch.setattr("os.pwrite", full)
     model = small_model()
-    with pytest.raises(AdapterLimitError, match=r"no room for the adapter's \d+ bytes: No space left"):
+    with pytest.raises(AdapterLimitError, match="no room for the adapter: No space left"):
         write_image(
             tmp_path / "image",
             random_weights(model, same_ranks(4)),
             small_geometry(model, 1, "slora"),
             torch.float32,
         )
+    assert calls == 5
+
+
+def test_what_is_written_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    geometry, weights = small_geometry(model, 2, "slora"), random_weights(model, MIXED)
+    write_image(tmp_path / "expected", weights, geometry, torch.float32)
+    whole_write = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda fd, data, offset: whole_write(fd, data[:100], offset))
+    write_image(tmp_path / "image", weights, geometry, torch.float32)
+    assert (tmp_path / "image").read_bytes() == (tmp_path / "expected").read_bytes()

@@ -8,19 +8,20 @@ import pytest
 import torch
 import transformers
 
-from manylora.lora.adapter_file import read_adapter
-from manylora.lora.adapter_weights import AdapterWeights, bind_adapter, check_limits
+from manylora.lora.adapter_weights import check_limits
 from manylora.lora.page_layout import MODULES, A, B, O, Q
 from manylora.runtime.config import LoRAArgs
 from manylora.runtime.errors import AdapterLimitError, AdapterRejectedError
 from manylora.runtime.model_config import load_model_config
 from tests.lora.adapters import (
-    adapter_file,
+    WholeWeights,
+    bind_files,
     named_tensors,
     random_weights,
     same_ranks,
     small_model,
     tensor_name,
+    write_adapter,
 )
 from tests.tiny_models import ADAPTERS, TinyModels, peft_warnings_ignored
 
@@ -32,8 +33,8 @@ def q_tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     return {Q0_A: torch.ones(8, 32, dtype=dtype), Q0_B: torch.ones(32, 8, dtype=dtype)}
 
 
-def bind(directory: Path, tensors: dict[str, torch.Tensor], **config: Any) -> AdapterWeights:
-    return bind_adapter(adapter_file(directory, tensors, **config), MODEL, torch.float32)
+def bind(directory: Path, tensors: dict[str, torch.Tensor], **config: Any) -> WholeWeights:
+    return bind_files(write_adapter(directory, tensors, **config), MODEL, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -42,7 +43,7 @@ def test_what_peft_wrote_is_what_peft_computes(tiny_models: TinyModels, kind: st
     family = "llama"
     directory = tiny_models.adapter(family, kind)
     model_dir = tiny_models.model(family)
-    weights = bind_adapter(read_adapter(directory), load_model_config(model_dir), torch.float32)
+    weights = bind_files(directory, load_model_config(model_dir), torch.float32)
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     with peft_warnings_ignored():
         oracle = peft.PeftModel.from_pretrained(base, str(directory))
@@ -159,18 +160,38 @@ def test_values_that_are_not_finite(tmp_path: Path, value: float, stored: torch.
 def test_values_beyond_the_models_dtype(tmp_path: Path) -> None:
     tensors = q_tensors()
     tensors[Q0_A][0, 0] = 70000.0
-    file = adapter_file(tmp_path, tensors)
-    assert bind_adapter(file, MODEL, torch.bfloat16).tensors[0, Q][A][0, 0] == 70144.0
+    write_adapter(tmp_path, tensors)
+    assert bind_files(tmp_path, MODEL, torch.bfloat16).tensors[0, Q][A][0, 0] == 70144.0
     with pytest.raises(AdapterRejectedError, match="beyond the range of float16"):
-        bind_adapter(file, MODEL, torch.float16)
+        bind_files(tmp_path, MODEL, torch.float16)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
     weights = random_weights(MODEL, same_ranks(8, ("o_proj",)), dtype=stored)
-    bound = bind_adapter(adapter_file(tmp_path, named_tensors(weights)), MODEL, wanted)
+    bound = bind_files(write_adapter(tmp_path, named_tensors(weights)), MODEL, wanted)
     assert torch.equal(bound.tensors[1, O][A], weights.tensors[1, O][A].to(wanted))
+
+
+def test_a_file_in_any_order_and_of_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dtypes alternate, runs hold one to all tensors; each tensor arrives whole, and a bad one by its own name."""
+    weights = random_weights(MODEL, same_ranks(8))
+    dtypes = (torch.float32, torch.float32, torch.bfloat16)
+    tensors = {
+        name: tensor.to(dtypes[index % 3])
+        for index, (name, tensor) in enumerate(named_tensors(weights).items())
+    }
+    for run_bytes in (1, 3000, 1 << 20):
+        monkeypatch.setattr("manylora.lora.adapter_weights._RUN_BYTES", run_bytes)
+        bound = bind(tmp_path, tensors)
+        for name, tensor in named_tensors(bound).items():
+            assert torch.equal(tensor, tensors[name].float())
+        for name in [list(tensors)[index] for index in (0, 13, -1)]:
+            broken = {**tensors, name: torch.full_like(tensors[name], float("nan"))}
+            with pytest.raises(AdapterRejectedError, match="not finite") as caught:
+                bind(tmp_path, broken)
+            assert caught.value.param == name
 
 
 def limits(**given: Any) -> LoRAArgs:
@@ -178,11 +199,11 @@ def limits(**given: Any) -> LoRAArgs:
 
 
 def test_limits_of_the_flags() -> None:
-    weights = random_weights(MODEL, same_ranks(24, ("q_proj", "up_proj")))
-    check_limits(weights, limits(), "x")
-    check_limits(weights, limits(max_lora_rank=24, target_modules=("q_proj", "up_proj", "o_proj")), "x")
+    ranks = same_ranks(24, ("q_proj", "up_proj"))
+    check_limits(ranks, limits(), "x")
+    check_limits(ranks, limits(max_lora_rank=24, target_modules=("q_proj", "up_proj", "o_proj")), "x")
     for args in (limits(max_lora_rank=23), limits(target_modules=("q_proj",))):
         with pytest.raises(
             AdapterLimitError, match=r"^LoRA adapter x with rank 24 is incompatible with the current"
         ):
-            check_limits(weights, args, "x")
+            check_limits(ranks, args, "x")

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from manylora.lora.adapter_image import write_image
-from manylora.lora.adapter_weights import AdapterWeights
 from manylora.lora.delta import LoRADelta, attach_deltas
 from manylora.lora.host_arena import HostArena
 from manylora.lora.lora_batch import LoRABatch
@@ -17,6 +16,7 @@ from manylora.runtime.model_config import ModelConfig
 from tests.lora.adapters import (
     LAYERS,
     LockstepGroup,
+    WholeWeights,
     random_weights,
     run_ranks,
     same_ranks,
@@ -107,7 +107,7 @@ class Batch:
 
 
 def dense(
-    weights: dict[str, AdapterWeights], layer: int, module: int, x: torch.Tensor, out: int
+    weights: dict[str, WholeWeights], layer: int, module: int, x: torch.Tensor, out: int
 ) -> torch.Tensor:
     """scaling · B·A·x of every token's adapter, (T, out)."""
     delta = torch.zeros(len(x), out)

@@ -1,10 +1,13 @@
 """The loader: every job is answered, good files with an image, bad ones with their error; it lives on."""
 
 import os
+import queue
 import random
+import select
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ import msgspec
 import pytest
 import torch
 import zmq
+from safetensors.torch import load_file, save_file
 
-from manylora.lora.loader import Loader
+from manylora.lora.loader import Loader, LoadThreads, num_load_threads
 from manylora.lora.page_layout import adapter_layout, pool_geometry
 from manylora.runtime.config import LoRAArgs, ModelArgs, ParallelArgs, ServerConfig
+from manylora.runtime.errors import ManyloraError
 from manylora.runtime.ipc import Pipe, pipe_address
 from manylora.runtime.messages import (
     AdapterImage,
@@ -141,6 +146,114 @@ def test_our_own_failure_is_an_answer_too(config: ServerConfig, adapter: str) ->
     assert "FileNotFoundError" in answer.error.message
 
 
+def test_a_changed_and_broken_file_is_a_changed_one(
+    config: ServerConfig, adapter: str, tmp_path: Path
+) -> None:
+    """Whoever loads again what is registered is told that it changed, whatever else is wrong with it now."""
+    copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    loader = Loader(config)
+    first = loader.handle(LoadJob(1, str(copy)))
+    assert isinstance(first, AdapterImage)
+    Path(first.path).unlink()
+    tensors = load_file(copy / "adapter_model.safetensors")
+    next(reversed(tensors.values())).fill_(float("nan"))
+    save_file(tensors, copy / "adapter_model.safetensors")
+    for number, (digest, code) in enumerate((("", "adapter_rejected"), (first.digest, "adapter_changed")), 2):
+        answer = loader.handle(LoadJob(number, str(copy), digest))
+        assert isinstance(answer, LoadFailed)
+        assert answer.error.code == code
+        assert images(config) == []
+
+
+# ---- several at once --------------------------------------------------------------------------------------------------
+
+
+class SlowLoads:
+    """Answers each job when told to."""
+
+    def __init__(self) -> None:
+        self.begun: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.may_end = [threading.Event() for _ in range(4)]
+
+    def handle(self, job: LoadJob) -> LoadFailed:
+        self.begun.put(job.job)
+        assert self.may_end[job.job].wait(WAIT_S)
+        return LoadFailed(job.job, ManyloraError("x").info())
+
+
+WAIT_S = 20
+
+
+def drain(threads: LoadThreads, count: int) -> list[Any]:
+    answers: list[Any] = []
+    while len(answers) < count:
+        assert select.select([threads.fileno()], [], [], WAIT_S)[0], "no answer"
+        answers += threads.drain()
+    return answers
+
+
+def test_a_slow_load_delays_no_other() -> None:
+    loads = SlowLoads()
+    threads = LoadThreads(loads.handle, 2)
+    try:
+        for job in range(4):
+            threads.submit(LoadJob(job, "x"))
+        assert {loads.begun.get(timeout=WAIT_S) for _ in range(2)} == {0, 1}
+        assert loads.begun.empty(), "more loads at once than threads"
+        assert not select.select([threads.fileno()], [], [], 0)[0]
+        for job in (1, 2, 3):  # all pass by job 0
+            loads.may_end[job].set()
+            assert [answer.job for answer in drain(threads, 1)] == [job]
+        loads.may_end[0].set()
+        assert [answer.job for answer in drain(threads, 1)] == [0]
+        assert not threads.drain()
+    finally:
+        for event in loads.may_end:
+            event.set()
+        threads.close()
+
+
+def test_one_bad_among_many(config: ServerConfig, adapter: str, tmp_path: Path) -> None:
+    """Loads that overlap give the images that each gives alone, and the bad one its own error."""
+    alone = Loader(config).handle(LoadJob(99, adapter))
+    assert isinstance(alone, AdapterImage)
+    expected = Path(alone.path).read_bytes()
+    threads = LoadThreads(Loader(config).handle, 4)
+    try:
+        for job in range(24):
+            threads.submit(LoadJob(job, str(tmp_path) if job == 7 else adapter))
+        answers = {answer.job: answer for answer in drain(threads, 24)}
+    finally:
+        threads.close()
+    bad = answers.pop(7)
+    assert bad.error.code == "adapter_rejected"
+    assert sorted(answers) == [job for job in range(24) if job != 7]
+    for answer in answers.values():
+        assert answer.digest == alone.digest
+        assert Path(answer.path).read_bytes() == expected
+    assert len(images(config)) == 24
+
+
+def test_what_handle_raises_is_raised_by_drain() -> None:
+    def handle(job: LoadJob) -> LoadFailed:
+        raise KeyError(job.job)
+
+    threads = LoadThreads(handle, 1)
+    try:
+        threads.submit(LoadJob(3, "x"))
+        with pytest.raises(KeyError, match="3"):
+            drain(threads, 1)
+    finally:
+        threads.close()
+
+
+def test_the_number_of_threads() -> None:
+    assert [num_load_threads(cores) for cores in (1, 2, 3, 4, 16, 200)] == [1, 1, 1, 2, 8, 8]
+
+
+# ---- the process ------------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def pipes(
     config: ServerConfig,
@@ -184,9 +297,9 @@ def test_the_process(
         assert receive(supervisor) == ChildReady()
         for job, path in enumerate((str(tmp_path), adapter, "/nowhere", adapter)):
             scheduler.send(LoadJob(job, path))
-        answers = [receive(scheduler) for _ in range(4)]
-        assert [type(answer) for answer in answers] == [LoadFailed, AdapterImage, LoadFailed, AdapterImage]
+        answers = sorted((receive(scheduler) for _ in range(4)), key=lambda answer: answer.job)
         assert [answer.job for answer in answers] == [0, 1, 2, 3]
+        assert [type(answer) for answer in answers] == [LoadFailed, AdapterImage, LoadFailed, AdapterImage]
         (scheduler if who == "scheduler" else supervisor).send(Shutdown())
         assert process.wait(timeout=20) == 0
     finally:

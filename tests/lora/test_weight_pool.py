@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from manylora.lora.adapter_image import write_image
-from manylora.lora.adapter_weights import AdapterWeights
 from manylora.lora.host_arena import HostArena
 from manylora.lora.page_layout import ABSENT, NUM_MODULES, SITES, A, AdapterLayout, B, PoolGeometry
 from manylora.lora.staging import StagingThread
 from manylora.lora.weight_pool import WeightPool
 from manylora.runtime.messages import AdapterStaged, DropAdapter, StageAdapter, pack_i32
-from tests.lora.adapters import random_weights, same_ranks, small_geometry, small_model
+from tests.lora.adapters import WholeWeights, random_weights, same_ranks, small_geometry, small_model
 
 MODEL = small_model()
 NUM_SLICES, NUM_PAGES = 12, 200
@@ -30,7 +29,7 @@ def empty_pool(geometry: PoolGeometry, device: str = "cpu") -> WeightPool:
 class Image:
     """An adapter's file and what the scheduler knows of it."""
 
-    def __init__(self, path: Path, geometry: PoolGeometry, weights: AdapterWeights) -> None:
+    def __init__(self, path: Path, geometry: PoolGeometry, weights: WholeWeights) -> None:
         self.path = str(path)
         self.weights = weights
         self.layout = write_image(path, weights, geometry, torch.float32)

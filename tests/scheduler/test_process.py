@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from manylora.runtime.ipc import Pipe, pipe_address
 from manylora.runtime.messages import (
     AdapterImage,
     AdapterReply,
+    AdapterStaged,
     ChildFailed,
     ChildReady,
     Done,
@@ -235,6 +237,37 @@ def test_a_lost_loaders_unfinished_image_is_removed_and_a_finished_one_kept(peer
     peers.scheduler.pipe.send(LoaderRestarted(1))
     assert next_message(peers.front).error.code == "worker_crashed"
     assert list(peers.images.iterdir()) == [whole]
+
+
+def test_a_loader_lost_with_several_loads_under_way(peers: Peers) -> None:
+    """The load whose answer had left counts; every other fails once, and only the finished image stays."""
+    peers.serve()
+    for call, name in enumerate("abcd"):
+        peers.front.send(LoadAdapter(call, name, f"/adapters/{name}"))
+    jobs = {job.lora_name: job for job in (next_message(peers.loader) for _ in range(4))}
+    for name in "abc":  # d has not begun
+        (peers.images / name).write_bytes(b"\0")
+    peers.loader.send(image(jobs["b"].job, str(peers.images / "b")))
+    assert isinstance(next_message(peers.workers[0]), StageAdapter)
+    peers.loader.close()
+    peers.scheduler.pipe.send(LoaderRestarted(1))
+    replies = [next_message(peers.front) for _ in range(3)]
+    assert sorted(reply.call for reply in replies) == [0, 2, 3]
+    assert {reply.error.code for reply in replies} == {"worker_crashed"}
+    assert list(peers.images.iterdir()) == [peers.images / "b"]
+    for rank, worker in enumerate(peers.workers):
+        worker.send(AdapterStaged(rank, 1))
+    reply = next_message(peers.front)
+    assert (reply.call, reply.error, list(reply.loaded)) == (1, None, ["b"])
+    wait_until_empty(peers.images)
+
+
+def wait_until_empty(directory: Path) -> None:
+    """Images are removed beside the loop."""
+    deadline = time.monotonic() + WAIT_MS / 1000
+    while list(directory.iterdir()):
+        assert time.monotonic() < deadline, "an image was left"
+        time.sleep(0.01)
 
 
 def test_a_front_that_vanishes_is_the_supervisors_to_explain(peers: Peers) -> None:
