@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("triton")
@@ -16,9 +18,8 @@ def test_a_compiled_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     hook_before = knobs.runtime.jit_post_compile_hook
     reported: list[str] = []
     report_compilations(reported.append)
-    hook = knobs.runtime.jit_post_compile_hook
+    hook: Any = knobs.runtime.jit_post_compile_hook
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook_before)
-    assert hook is not None
     name = "_silu_and_mul[num_warps=4]"
     hook(key="", repr=name, fn=_silu_and_mul, compile={}, is_manual_warmup=False, already_compiled=False)
     assert reported == [name]
