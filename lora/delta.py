@@ -79,21 +79,19 @@ class LoRADelta:
             planes = self._shrink(x, batch, beside=True)
             self._expand(planes[None], y[:, self._y_columns], batch, beside=True)
             return
-        self._join(batch)
+        side_stream = self._side_stream_of(batch)
+        if side_stream is not None:
+            torch.cuda.current_stream().wait_stream(side_stream)
         self._expand(self._exchange(begun), y[:, self._y_columns], batch)
 
     def finish_gated(
         self, x: torch.Tensor, begun: torch.Tensor | None, y: torch.Tensor, batch: LoRABatch
     ) -> torch.Tensor:
         """`silu_and_mul` of what `finish` makes of y, which it may leave as it was. For the site of gate and up."""
-        fits = batch.work is not None and batch.work.decode and batch.max_slices <= MAX_FUSED_SLICES
-        if not fits or self._gathers:
-            self.finish(x, begun, y, batch)
-            return silu_and_mul(y)
-        if begun is None:
-            return self._expand_gated(self._shrink(x, batch, beside=True), y, batch, beside=True)
-        self._join(batch)
-        return self._expand_gated(begun, y, batch)
+        if begun is None and batch.max_slices <= MAX_FUSED_SLICES:
+            return self._expand_gated(self._shrink(x, batch, beside=True), y, batch)
+        self.finish(x, begun, y, batch)
+        return silu_and_mul(y)
 
     def _follows(self, x: torch.Tensor, batch: LoRABatch) -> bool:
         """Whether the shrink is launched behind the product, and runs beside it all the same."""
@@ -105,12 +103,6 @@ class LoRADelta:
 
     def _side_stream_of(self, batch: LoRABatch) -> torch.cuda.Stream | None:
         return self._side_stream if batch.work is not None and batch.work.decode else None
-
-    def _join(self, batch: LoRABatch) -> None:
-        """Go on only after what `begin` left to the side stream."""
-        side_stream = self._side_stream_of(batch)
-        if side_stream is not None:
-            torch.cuda.current_stream().wait_stream(side_stream)
 
     def _shrink(self, x: torch.Tensor, batch: LoRABatch, beside: bool = False) -> torch.Tensor:
         """x·Aᵀ in planes of (chunks, slices, T, plane columns)."""
@@ -173,10 +165,8 @@ class LoRADelta:
             beside=beside,
         )
 
-    def _expand_gated(
-        self, planes: torch.Tensor, y: torch.Tensor, batch: LoRABatch, beside: bool = False
-    ) -> torch.Tensor:
-        """`silu_and_mul` of y + planes·Bᵀ, in one kernel."""
+    def _expand_gated(self, planes: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> torch.Tensor:
+        """`silu_and_mul` of y + planes·Bᵀ, in one kernel behind a product with its shrink beside it."""
         from manylora.kernels import lora_expand_silu_triton
 
         assert batch.work is not None
@@ -189,7 +179,7 @@ class LoRADelta:
             table.scalings,
             batch.work,
             y,
-            beside=beside,
+            beside=True,
         )
 
 

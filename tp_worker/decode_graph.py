@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from manylora.kernels.decode_inputs import Bounds, DecodeInputs
 from manylora.kernels.fill_decode_inputs import fill_decode_inputs
-from manylora.kernels.lora_work import MAX_FUSED_SLICES
 from manylora.lora.lora_batch import LoRABatch
 from manylora.lora.page_layout import PoolGeometry
 from manylora.runtime.plan import SECTIONS, section_bounds
@@ -24,9 +23,9 @@ from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.step_inputs import StepInputs
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-# Planes, and what ranks exchange of them, are as many as the slices a graph has room for: several ranks have graphs for each.
-# One rank exchanges nothing; for it up to MAX_FUSED_SLICES are a case of their own.
-_BOUNDS_ALONE, _BOUNDS_SHARED = (MAX_FUSED_SLICES, 16), (1, 4, 16)
+# Planes, and what ranks exchange of them, are as many as the slices a graph has room for. One rank exchanges nothing, so
+# one generous bound does; several have graphs for each.
+_BOUNDS_ALONE, _BOUNDS_SHARED = (16,), (1, 4, 16)
 _WARM_UPS = 2
 
 Forward = Callable[[StepInputs], torch.Tensor]
