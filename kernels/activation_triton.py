@@ -29,12 +29,6 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def gated(gate, up):
-    """silu(gate) · up of float32 numbers."""
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
 def _silu_and_mul(
     x,
     x_stride,
@@ -51,4 +45,5 @@ def _silu_and_mul(
     gate = tl.load(x + token * x_stride + columns, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(x + token * x_stride + SIZE + columns, mask=valid, other=0.0).to(tl.float32)
     let_next_start(OVERLAPS)
-    tl.store(out + token * SIZE + columns, gated(gate, up).to(out.dtype.element_ty), mask=valid)
+    product = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + token * SIZE + columns, product.to(out.dtype.element_ty), mask=valid)

@@ -13,17 +13,11 @@ import triton
 import triton.language as tl
 
 from manylora.kernels.dependent_launch import NOT_OVERLAPPING, overlapping, wait_for_earlier
-from manylora.kernels.lora_planes_triton import (
-    add_to,
-    can_prefetch,
-    find_piece,
-    load_b,
-    prefetch_rows,
-    scaled_plane,
-)
-from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs, registers, shortest_runs
+from manylora.kernels.lora_planes_triton import add_to, can_prefetch, load_b, prefetch, scaled_plane
+from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs, registers
 
 _MAX_MODULES = 3
+_RUN = 4  # blocks of a unit, at most
 _FEW, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4)
 _FEW_TILES = 8  # up to here blocks are small, so that more programs have some
 
@@ -47,7 +41,7 @@ def lora_expand_decode(
     launch = launch or (_FEW if work.max_tiles <= _FEW_TILES else _MANY)
     programs = num_programs(y.device, launch.programs)
     blocks = [triton.cdiv(size, launch.block) for size in out_sizes]
-    run, runs = shortest_runs(blocks, programs // max(1, work.max_tiles))
+    run, runs = _shortest_runs(blocks, programs // max(1, work.max_tiles))
     runs += [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
     num_units = work.max_tiles * sum(runs)
@@ -103,6 +97,16 @@ def lora_expand_decode(
     )
 
 
+def _shortest_runs(blocks: list[int], programs: int) -> tuple[int, list[int]]:
+    """How many blocks make a unit, and units of each module: as short as `programs` of a tile can take one each, or as
+    long as they may be, since a program's next unit waits for the one before it."""
+    for run in range(1, _RUN):
+        runs = [triton.cdiv(count, run) for count in blocks]
+        if sum(runs) <= programs:
+            return run, runs
+    return _RUN, [triton.cdiv(count, _RUN) for count in blocks]
+
+
 @triton.jit
 def _load_slice(
     pages,
@@ -139,12 +143,17 @@ def _load_slice(
     """
     known = plane < count
     slice_row = tl.load(row_at, mask=known, other=0).to(tl.int64)
-    piece, width, scaling = find_piece(
-        pages, offsets + slice_row * offsets_row, widths + slice_row * widths_row,
-        scalings + slice_row * scalings_row, known, QUANTUM,
-    )  # fmt: skip
+    offset = tl.load(offsets + slice_row * offsets_row, mask=known, other=-1)
+    width = tl.load(widths + slice_row * widths_row, mask=known, other=0)
+    scaling = tl.load(scalings + slice_row * scalings_row, mask=known, other=0.0)
+    has_piece = offset >= 0
+    # Not a hint on the offset's load, which is lost where the compiler finds `known` to be always true.
+    piece = tl.multiple_of(pages + tl.where(has_piece, offset, 0), 16)
+    width = tl.multiple_of(tl.where(has_piece, width, 0), QUANTUM)
+    scaling = tl.where(has_piece, scaling, 0.0)
     if PREFETCH:  # because the tile's plane, which is read next, comes before any product
-        prefetch_rows(piece, width, begin, end)
+        rows = piece + tl.cast(begin, tl.int64) * width
+        prefetch(rows, (end - begin) * width * (pages.dtype.element_ty.primitive_bitwidth // 8))
     wait_for_earlier(OVERLAPS)
     hidden = scaled_plane(
         planes + tl.cast(plane, tl.int64) * plane_stride, part_stride, chunk_stride, token, in_tile, width,

@@ -1,4 +1,4 @@
-"""What the kernels of `lora_expand` share: finding and reading planes and B pieces, and adding to y."""
+"""What the kernels of `lora_expand` share: reading planes and B pieces, and adding to y."""
 
 from __future__ import annotations
 
@@ -39,26 +39,6 @@ def prefetch(at, num_bytes):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def find_piece(pages, offset_at, width_at, scaling_at, known, QUANTUM: tl.constexpr):
-    """Where a B piece starts, its width and its scaling; both zero where there is none, or it is not `known`."""
-    offset = tl.load(offset_at, mask=known, other=-1)
-    width = tl.load(width_at, mask=known, other=0)
-    scaling = tl.load(scaling_at, mask=known, other=0.0)
-    has_piece = offset >= 0
-    # Not a hint on the offset's load, which is lost where the compiler finds `known` to be always true.
-    piece = tl.multiple_of(pages + tl.where(has_piece, offset, 0), 16)
-    width = tl.multiple_of(tl.where(has_piece, width, 0), QUANTUM)
-    return piece, width, tl.where(has_piece, scaling, 0.0)
-
-
-@triton.jit
-def prefetch_rows(piece, width, begin, end):
-    """`prefetch` rows [begin, end) of a B piece; there are some."""
-    rows = piece + tl.cast(begin, tl.int64) * width
-    prefetch(rows, (end - begin) * width * (piece.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit

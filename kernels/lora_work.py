@@ -18,8 +18,6 @@ TILE_FIELDS, ITEM_FIELDS = 8, 4  # integers of each; whole sectors of memory
 _DECODE_CHUNKS, _PREFILL_CHUNKS = ((32, 16), (DECODE_TOKENS, 8)), 4
 _MIN_CHUNK = 128  # input features
 _REGISTERS = 1 << 16  # of a multiprocessor
-MAX_FUSED_SLICES = 4  # of an adapter, where its expand is fused with what reads y
-_RUN = 4  # blocks of a unit of a decode step's expand, at most
 _FULL_TILES = 64  # with as many prefill tiles a GPU is full without chunks
 
 
@@ -111,13 +109,3 @@ def num_programs(device: torch.device, each: int) -> int:
 def registers(launch: Launch) -> int:
     """Of a thread, at most, so that as many programs as are launched fit on a multiprocessor."""
     return min(255, _REGISTERS // (launch.programs * launch.num_warps * 32) // 8 * 8)
-
-
-def shortest_runs(blocks: list[int], programs: int) -> tuple[int, list[int]]:
-    """How many blocks make a unit, and units of each module: as short as `programs` of a tile can take one each, or as
-    long as they may be, since a program's next unit waits for the one before it."""
-    for run in range(1, _RUN):
-        runs = [-(-count // run) for count in blocks]
-        if sum(runs) <= programs:
-            return run, runs
-    return _RUN, [-(-count // _RUN) for count in blocks]

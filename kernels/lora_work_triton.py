@@ -1,4 +1,4 @@
-"""The kernel that makes the work list of a step, and how others look up tokens in it."""
+"""The kernel that makes the work list of a step."""
 
 from __future__ import annotations
 
@@ -117,16 +117,3 @@ def _list_work(
     tl.store(item + 1, tokens, mask=index < max_items)
     tl.store(item + 2, tl.load(slices + entry + plane, mask=is_item, other=0), mask=is_item)
     tl.store(item + 3, plane, mask=is_item)
-
-
-@triton.jit
-def in_no_tile(tiles, max_tiles, token, TILE_FIELDS: tl.constexpr):
-    """Which of the tokens lie in no tile, that is, have no adapter."""
-    num_owners = tl.zeros_like(token)
-    for start in range(0, max_tiles, 64):
-        tile = start + tl.arange(0, 64)
-        first = tl.load(tiles + tile * TILE_FIELDS, mask=tile < max_tiles, other=0)
-        tokens = tl.load(tiles + tile * TILE_FIELDS + 1, mask=tile < max_tiles, other=0)
-        behind = token[:, None] - first[None, :]
-        num_owners += tl.sum(((behind >= 0) & (behind < tokens[None, :])).to(tl.int32), 1)
-    return num_owners == 0

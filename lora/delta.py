@@ -10,10 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from manylora.kernels.activation import silu_and_mul
 from manylora.kernels.lora_expand import lora_expand
 from manylora.kernels.lora_shrink import lora_shrink
-from manylora.kernels.lora_work import MAX_FUSED_SLICES
 from manylora.lora.lora_batch import Collectives, LoRABatch
 from manylora.lora.page_layout import ROW_PARALLEL, SITES, SLICE_ROWS
 from manylora.lora.weight_pool import WeightPool
@@ -83,15 +81,6 @@ class LoRADelta:
         if side_stream is not None:
             torch.cuda.current_stream().wait_stream(side_stream)
         self._expand(self._exchange(begun), y[:, self._y_columns], batch)
-
-    def finish_gated(
-        self, x: torch.Tensor, begun: torch.Tensor | None, y: torch.Tensor, batch: LoRABatch
-    ) -> torch.Tensor:
-        """`silu_and_mul` of what `finish` makes of y, which it may leave as it was. For the site of gate and up."""
-        if begun is None and batch.max_slices <= MAX_FUSED_SLICES:
-            return self._expand_gated(self._shrink(x, batch, beside=True), y, batch)
-        self.finish(x, begun, y, batch)
-        return silu_and_mul(y)
 
     def _follows(self, x: torch.Tensor, batch: LoRABatch) -> bool:
         """Whether the shrink is launched behind the product, and runs beside it all the same."""
@@ -163,23 +152,6 @@ class LoRADelta:
             y,
             self._out_sizes,
             beside=beside,
-        )
-
-    def _expand_gated(self, planes: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> torch.Tensor:
-        """`silu_and_mul` of y + planes·Bᵀ, in one kernel behind a product with its shrink beside it."""
-        from manylora.kernels import lora_expand_silu_triton
-
-        assert batch.work is not None
-        table = self._device_table
-        return lora_expand_silu_triton.lora_expand_silu_and_mul(
-            planes,
-            self._pages,
-            table.b_offsets,
-            table.widths,
-            table.scalings,
-            batch.work,
-            y,
-            beside=True,
         )
 
 

@@ -1,13 +1,12 @@
 """Times the LoRA kernels with the sizes of Llama-3.1-8B, one JSON line per result.
 
-    python scripts/bench_lora.py [--ops shrink expand delta expand_silu fused] [--sites qkv …] [--tokens 1 64 …]
-        [--prefill] [--sweep] [--json results.jsonl]
+    python scripts/bench_lora.py [--ops shrink expand delta] [--sites qkv …] [--tokens 1 64 …] [--prefill] [--sweep]
+        [--json results.jsonl]
 
 `tokens` in equal runs over `adapters`, all of one rank or, "mixed", of ranks 8 and 64 in turn. Each op is captured in a
 CUDA graph that goes through many layers' weights, so that neither launches nor the L2 cache are measured. `us` is the
-time of one site of one layer; `gbps` counts the weights of every adapter once and the activations once. "expand_silu" is what
-"fused" does in one kernel. --sweep times `launches` of shrink and expand, or of --ops, with as many adapters as there
-can be, all of rank 16; most of that is compiling.
+time of one site of one layer; `gbps` counts the weights of every adapter once and the activations once. --sweep times
+`launches` of shrink and expand with as many adapters as there can be, all of rank 16; most of that is compiling.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from typing import Any, TextIO
 import torch
 from bench_kernels import Call, Case, measured, random
 
-from manylora.kernels.activation import silu_and_mul
-from manylora.kernels.lora_expand_silu_triton import lora_expand_silu_and_mul
 from manylora.kernels.lora_expand_triton import lora_expand
 from manylora.kernels.lora_shrink_triton import lora_shrink
 from manylora.kernels.lora_work import Launch, LoRAWork
@@ -41,7 +38,6 @@ ITEM = 2  # bytes of bfloat16
 WEIGHT_BYTES = 300 << 20  # of the layers that are gone through: several times the L2 cache
 ALIGN = 32
 OPS = ("shrink", "expand", "delta")
-GATED_OPS = ("expand_silu", "fused")  # of decode steps and the site of gate and up alone
 SWEPT_OPS = ("shrink", "expand")
 EXPAND_LAUNCHES = [
     Launch(4, 256, 4, 4),
@@ -54,16 +50,6 @@ EXPAND_LAUNCHES = [
     Launch(2, 512, 8, 4),
     Launch(3, 512, 8, 3),
 ]
-FUSED_LAUNCHES = [
-    Launch(4, 128, 4, 4),
-    Launch(4, 128, 4, 3),
-    Launch(3, 128, 4, 4),
-    Launch(5, 128, 4, 3),
-    Launch(6, 64, 4, 4),
-    Launch(4, 64, 2, 4),
-    Launch(8, 64, 2, 3),
-    Launch(2, 256, 8, 4),
-]
 PREFILL_LAUNCHES = [Launch(*launch) for launch in itertools.product((1, 2, 3), (128,), (4, 8), (3, 4))]
 
 
@@ -71,9 +57,7 @@ def launches(op: str, columns: int, decode: bool) -> list[Launch]:
     """What --sweep tries for planes of so many columns."""
     if not decode:
         return PREFILL_LAUNCHES
-    if op == "fused":
-        return FUSED_LAUNCHES
-    if op in ("expand", "expand_silu"):
+    if op == "expand":
         return EXPAND_LAUNCHES
     rows = 1 << (columns - 1).bit_length()
     block, warps = 4096 // rows, rows // 16
@@ -149,14 +133,6 @@ def cases(
         table = (weights.b_offsets[:, layer], weights.widths[:, layer], weights.scalings[:, layer])
         lora_expand(planes[None], weights.pages, *table, work, y, out_sizes, launch)
 
-    def expand_silu(layer: int, launch: Launch | None) -> None:
-        expand(layer, launch)
-        silu_and_mul(y)
-
-    def fused(layer: int, launch: Launch | None) -> None:
-        table = (weights.b_offsets[:, layer], weights.widths[:, layer], weights.scalings[:, layer])
-        lora_expand_silu_and_mul(planes, weights.pages, *table, work, y, launch)
-
     def delta(layer: int, launch: Launch | None) -> None:
         shrink(layer, launch)
         expand(layer, launch)
@@ -166,8 +142,6 @@ def cases(
     known: dict[str, tuple[Callable[[int, Launch | None], None], int]] = {
         "shrink": (shrink, a_bytes + x.nbytes),
         "expand": (expand, b_bytes + 2 * y.nbytes),
-        "expand_silu": (expand_silu, b_bytes + 7 * y.nbytes // 2),
-        "fused": (fused, b_bytes + 3 * y.nbytes // 2),
         "delta": (delta, weights.layer_bytes + x.nbytes + 2 * y.nbytes),
     }
     shape: dict[str, Any] = {
@@ -177,8 +151,6 @@ def cases(
         "rank": rank or "mixed",
     }
     for op in ops:
-        if op in GATED_OPS and (site != "gate_up" or not work.decode):
-            continue
         function, num_bytes = known[op]
         for launch in launches(op, 16 * len(out_sizes), work.decode) if sweep else [None]:
             calls: list[Call] = [partial(function, layer, launch) for layer in range(weights.layers)]
@@ -198,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", choices=(*OPS, *GATED_OPS))
+    parser.add_argument("--ops", nargs="+", choices=OPS)
     parser.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES))
     parser.add_argument("--tokens", nargs="+", type=int, help="of a step", default=DECODE_TOKENS)
     parser.add_argument(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 
 from manylora.kernels.lora_expand import lora_expand
-from manylora.kernels.lora_expand_silu_triton import lora_expand_silu_and_mul
 from manylora.kernels.lora_expand_triton import lora_expand as lora_expand_triton
 from manylora.kernels.lora_shrink import lora_shrink
 from manylora.kernels.lora_shrink_triton import lora_shrink as lora_shrink_triton
@@ -172,16 +171,6 @@ class Site:
         lora_shrink_triton(x, self.device_pages, a_offsets, widths, work, planes, 1, beside=True)
         table = (b_offsets, widths, scalings)
         lora_expand_triton(planes[None], self.device_pages, *table, work, y, self.out_sizes, beside=True)
-
-    def apply_gated(
-        self, work: LoRAWork, x: torch.Tensor, y: torch.Tensor, beside: bool = False
-    ) -> torch.Tensor:
-        """`silu_and_mul` of y with the delta, by the fused kernel; beside: as in `apply_beside`."""
-        a_offsets, b_offsets, widths, scalings = self._device_tables
-        planes = work.planes(self.features, 32).fill_(NAN) if not beside else work.planes(self.features, 32)
-        lora_shrink_triton(x, self.device_pages, a_offsets, widths, work, planes, 1, beside=beside)
-        table = (b_offsets, widths, scalings)
-        return lora_expand_silu_and_mul(planes, self.device_pages, *table, work, y, beside=beside)
 
     def _part(self, part: int, parts: int) -> torch.Tensor:
         """The pool of a rank: rows [part · width / parts, …) of every A, at the offset of the whole A."""

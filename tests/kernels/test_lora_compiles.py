@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from manylora.kernels.lora_expand_silu_triton import lora_expand_silu_and_mul
 from manylora.kernels.lora_expand_triton import lora_expand
 from manylora.kernels.lora_shrink_triton import lora_shrink
 from manylora.kernels.lora_work import LoRAWork
@@ -20,7 +19,6 @@ from tests.kernels.compiling import compiled_for_hopper
 torch.set_num_threads(1)
 BF16 = torch.bfloat16
 SHARED_OF_AN_SM, RESERVED = 228 << 10, 1 << 10  # bytes; the second of every program
-FUSED = "_lora_expand_silu_and_mul"
 SITES = {"qkv": (4096, (4096, 1024, 1024)), "gate_up": (4096, (14336, 14336)), "down": (14336, (4096,))}
 # On an SM, as far as shared memory goes.
 SHRINK_PROGRAMS = {"qkv": 4, "gate_up": 6, "down": 6}
@@ -39,8 +37,6 @@ def compiled_site(num_tokens: int, features: int, out_sizes: tuple[int, ...]) ->
         planes = work.planes(features, 16 * modules)
         lora_shrink(x, pages, offsets, widths, work, planes, 1)
         lora_expand(planes[None], pages, offsets, widths, scalings, work, y, out_sizes)
-        if work.decode and len(out_sizes) == 2:
-            lora_expand_silu_and_mul(planes, pages, offsets, widths, scalings, work, y, beside=True)
     return compiled
 
 
@@ -48,7 +44,7 @@ def compiled_site(num_tokens: int, features: int, out_sizes: tuple[int, ...]) ->
 @pytest.mark.parametrize("site", SITES)
 def test_decode_copies_weights_16_bytes_at_a_time_and_ahead(site: str, num_tokens: int) -> None:
     compiled = compiled_site(num_tokens, *SITES[site])
-    assert compiled.keys() - {FUSED} == {"_list_work", "_lora_shrink", "_lora_expand_decode"}
+    assert compiled.keys() == {"_list_work", "_lora_shrink", "_lora_expand_decode"}
     check_copies(compiled["_lora_shrink"], SHRINK_PROGRAMS[site])
     expand = compiled["_lora_expand_decode"]
     check_copies(expand, 4)
@@ -56,20 +52,6 @@ def test_decode_copies_weights_16_bytes_at_a_time_and_ahead(site: str, num_token
     check_y(expand)
     for kernel in (compiled["_lora_shrink"], expand):
         assert "mma" in kernel.asm["ptx"]
-
-
-@pytest.mark.parametrize("num_tokens", [1, 64])
-def test_the_fused_expand_reads_lists_and_weights_before_it_waits(num_tokens: int) -> None:
-    fused = compiled_site(num_tokens, *SITES["gate_up"])[FUSED]
-    check_copies(fused, 4)
-    code = fused.asm["ptx"]
-    assert "mma" in code
-    assert "st.global.v4.b32" in code
-    tiles = code[code.rindex("cp.async.bulk.prefetch.L2") :]
-    assert tiles.index("griddepcontrol.wait") < tiles.index("cp.async.cg")
-    # Only rows without an adapter are not read ahead.
-    loads = [line for line in fused.asm["ttgir"].splitlines() if "tt.load" in line and "bf16" in line]
-    assert ["tensor<8x512x!tt.ptr<bf16>" in line for line in loads] == [True, True]
 
 
 @pytest.mark.parametrize("site", SITES)

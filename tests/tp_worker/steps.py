@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manylora.kernels.activation import silu_and_mul
 from manylora.lora.lora_batch import LoRABatch
 from manylora.tp_worker.models.decoder import Decoder, LoRALayer
 from manylora.tp_worker.step_inputs import StepInputs
@@ -62,10 +61,6 @@ class SameAgain:
     def finish(self, x: Tensor, begun: Tensor | None, y: Tensor, batch: LoRABatch) -> None:
         assert begun is not None
         y += begun
-
-    def finish_gated(self, x: Tensor, begun: Tensor | None, y: Tensor, batch: LoRABatch) -> Tensor:
-        self.finish(x, begun, y, batch)
-        return silu_and_mul(y)
 
 
 def double_every_projection(decoder: Decoder) -> LoRABatch:

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from manylora.kernels.activation import silu_and_mul
 from manylora.kernels.linear import linear
 from manylora.lora.lora_batch import LoRABatch
 from manylora.tp_worker.distributed import TPGroup
@@ -30,10 +29,6 @@ class Delta(Protocol):
         """y += the delta of x, in place. y (T, out_local): the base product of this rank, just launched."""
         ...
 
-    def finish_gated(self, x: Tensor, begun: Tensor | None, y: Tensor, batch: LoRABatch) -> Tensor:
-        """`silu_and_mul` of what `finish` makes of y; what y holds afterwards is undefined."""
-        ...
-
 
 def linear_with_delta(
     x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, batch: LoRABatch | None
@@ -45,16 +40,6 @@ def linear_with_delta(
     y = linear(x, weight, bias)
     delta.finish(x, begun, y, batch)
     return y
-
-
-def gated_with_delta(
-    x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, batch: LoRABatch | None
-) -> Tensor:
-    """`silu_and_mul` of `linear_with_delta`, perhaps in one with the end of the delta."""
-    if delta is None or batch is None:
-        return silu_and_mul(linear(x, weight, bias))
-    begun = delta.begin(x, batch)
-    return delta.finish_gated(x, begun, linear(x, weight, bias), batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +76,6 @@ class ColumnParallelLinear:
     def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
         """(T, in_features) -> (T, out_local)."""
         return linear_with_delta(x, self.weight, self.bias, self.lora, batch)
-
-    def gated(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
-        """silu(first half) · second half of what a call returns: (T, in_features) -> (T, out_local / 2)."""
-        return gated_with_delta(x, self.weight, self.bias, self.lora, batch)
 
     def shards(self, prefix: str) -> Shards:
         sizes = [part.size for part in self.parts]

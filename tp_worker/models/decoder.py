@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from manylora.kernels.activation import silu_and_mul
 from manylora.lora.lora_batch import LoRABatch
 from manylora.runtime.model_config import ModelConfig
 from manylora.tp_worker.distributed import TPGroup
@@ -116,7 +117,7 @@ class MLP:
         self.down_proj = RowParallelLinear("down_proj", inter, hidden, bias=bias, group=group, dtype=dtype)
 
     def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
-        return self.down_proj(self.gate_up_proj.gated(x, batch), batch)
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x, batch)), batch)
 
     def shards(self, prefix: str) -> Shards:
         yield from self.gate_up_proj.shards(prefix)
