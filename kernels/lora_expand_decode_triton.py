@@ -40,7 +40,7 @@ def lora_expand_decode(
     plane_width = columns // modules
     launch = launch or (_FEW if work.max_tiles <= _FEW_TILES else _MANY)
     programs = num_programs(y.device, launch.programs)
-    blocks = [triton.cdiv(size, launch.block) for size in out_sizes]
+    blocks = [-(-size // launch.block) for size in out_sizes]
     run, runs = _shortest_runs(blocks, programs // max(1, work.max_tiles))
     runs += [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
@@ -101,10 +101,10 @@ def _shortest_runs(blocks: list[int], programs: int) -> tuple[int, list[int]]:
     """How many blocks make a unit, and units of each module: as short as `programs` of a tile can take one each, or as
     long as they may be, since a program's next unit waits for the one before it."""
     for run in range(1, _RUN):
-        runs = [triton.cdiv(count, run) for count in blocks]
+        runs = [-(-count // run) for count in blocks]
         if sum(runs) <= programs:
             return run, runs
-    return _RUN, [triton.cdiv(count, _RUN) for count in blocks]
+    return _RUN, [-(-count // _RUN) for count in blocks]
 
 
 @triton.jit
@@ -240,7 +240,7 @@ def _lora_expand_decode(
         in_tile = token < tokens
         token = (first + token).to(tl.int64)
         if count <= 4:
-            piece, width, hidden = _load_slice(
+            piece, width, hidden = _load_slice(  # pyright: ignore[reportGeneralTypeIssues]
                 pages, planes_module, part_stride, chunk_stride, plane_stride,
                 offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
                 tile + 4, 0, count, begin, end, token, in_tile, columns,

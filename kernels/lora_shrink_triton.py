@@ -35,7 +35,7 @@ def lora_shrink(
     """
     num_chunks, _, num_tokens, columns = planes.shape
     features, modules = x.shape[1], offsets.shape[1]
-    block_n = max(16, triton.next_power_of_2(columns))
+    block_n = max(16, 1 << (columns - 1).bit_length())
     launch = launch or (_DECODE.get(block_n, _DECODE[64]) if work.decode else _PREFILL)
     # Blocks are meant for elements of 2 bytes, and no wider than a chunk.
     block_k = min(
