@@ -8,7 +8,6 @@ wait; so when a kernel runs, all but the one right before it have ended, and wha
 
 from __future__ import annotations
 
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from manylora.kernels.gpu import HOPPER, capability
 
 NOT_OVERLAPPING = MappingProxyType({"OVERLAPS": False})  # for the launch of a kernel with that constant
 
@@ -25,10 +26,9 @@ def overlapping(device: torch.device) -> dict[str, Any]:
     return {"OVERLAPS": True, "launch_pdl": True} if _supported(device) else {**NOT_OVERLAPPING}
 
 
-@cache
 def _supported(device: torch.device) -> bool:
     """Hopper and later have it; the interpreter knows nothing of it."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= HOPPER
 
 
 @triton.jit

@@ -6,7 +6,6 @@ weight are on their way to the L2 cache before the kernel that writes x has ende
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from manylora.kernels.dependent_launch import (
     prefetch_to_l2,
     wait_for_earlier,
 )
+from manylora.kernels.gpu import HOPPER, capability, multiprocessors
 
 MAX_ROWS = 64
 _PREFETCHED = 2  # tiles of the weight
@@ -46,7 +46,7 @@ _MANY = 8192
 
 def is_faster(x: Tensor) -> bool:
     """Whether it is, than cuBLAS, for these rows: measured on an H200 (docs/benchmarks.md)."""
-    return x.dtype.itemsize == 2 and 0 < x.shape[0] <= MAX_ROWS and _is_hopper(x.device)
+    return x.dtype.itemsize == 2 and 0 < x.shape[0] <= MAX_ROWS and capability(x.device)[0] == HOPPER[0]
 
 
 def linear(
@@ -98,21 +98,8 @@ def _default_launch(device: torch.device, num_rows: int, out_features: int) -> L
         return _MANY_OUTPUTS
     if num_rows <= 32:
         return _STREAM
-    one_wave = _ONE_WAVE.block_out * _multiprocessors(device)
+    one_wave = _ONE_WAVE.block_out * multiprocessors(device)
     return _ONE_WAVE if out_features <= one_wave else _SHORT_STREAM
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """As many as an H200 has, where there is no GPU: kernels are then compiled for one, or interpreted."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @triton.jit(do_not_specialize=["num_rows"])

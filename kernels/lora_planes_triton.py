@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
+from manylora.kernels.gpu import HOPPER, capability
 
-@cache
+
 def can_prefetch(device: torch.device) -> bool:
     """Whether the GPU has the instruction of `prefetch`; kernels of no GPU are compiled for one that has, or interpreted."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (9, 0)
+        return capability(device) >= HOPPER
     return not knobs.runtime.interpret
 
 

@@ -6,10 +6,11 @@ serves any mix of adapters, ranks and tokens without an adapter.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from manylora.kernels.gpu import multiprocessors
 
 DECODE_TOKENS = 256  # up to here a step counts as decode: adapters are many, their tokens few
 DECODE_TILE, PREFILL_TILE = 8, 64
@@ -98,12 +99,11 @@ class LoRAWork:
         return 1 << max(1, min(most, features // _MIN_CHUNK)).bit_length() - 1
 
 
-@cache
 def num_programs(device: torch.device, each: int) -> int:
     """`each` programs for every multiprocessor; a few where an interpreter runs them."""
     if device.type != "cuda":
         return 5
-    return each * torch.cuda.get_device_properties(device).multi_processor_count
+    return each * multiprocessors(device)
 
 
 def registers(launch: Launch) -> int:

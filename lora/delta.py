@@ -52,16 +52,11 @@ class LoRADelta:
         self._beside = not sharded
         self._side_stream = None if sharded else side_stream
 
-    def apply(self, x: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
-        """Add the delta to y in place.
-
-        x: (T, in_local). y: column-parallel (T, sum of the modules' out_local), row-parallel (T, hidden), this rank's
-        partial sum before the base's all-reduce.
-        """
-        self._expand(self._exchange(self._shrink(x, batch)), y[:, self._y_columns], batch)
-
     def begin(self, x: torch.Tensor, batch: LoRABatch) -> torch.Tensor | None:
-        """Call it before the base product: the half of `apply` that needs no y, unless that is better done after it."""
+        """Call it before the base product: what of the delta needs no y, unless that is better done after it.
+
+        x: (T, in_local). Returns what `finish` takes.
+        """
         if self._follows(x, batch):
             return None
         side_stream = self._side_stream_of(batch)
@@ -72,7 +67,11 @@ class LoRADelta:
             return self._shrink(x, batch)
 
     def finish(self, x: torch.Tensor, begun: torch.Tensor | None, y: torch.Tensor, batch: LoRABatch) -> None:
-        """The rest of `apply`, right after the base product y = `kernels.linear.linear(x, …)`."""
+        """Add the delta to y in place, right after the base product y = `kernels.linear.linear(x, …)`.
+
+        y: column-parallel (T, sum of the modules' out_local), row-parallel (T, hidden), this rank's partial sum before the
+        base's all-reduce.
+        """
         if begun is None:
             planes = self._shrink(x, batch, beside=True)
             self._expand(planes[None], y[:, self._y_columns], batch, beside=True)

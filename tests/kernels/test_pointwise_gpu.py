@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton import knobs
 
 from manylora.kernels.activation import silu_and_mul, silu_and_mul_reference
+from manylora.kernels.compilation import report_compilations
 from manylora.kernels.linear import linear
 from manylora.kernels.linear_triton import is_faster
 from manylora.kernels.rms_norm import (
@@ -103,3 +105,14 @@ def test_linear(with_bias: bool, out: int, features: int, num_rows: int) -> None
             bias if with_bias else 0
         )
         torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_late_compilation_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a size of rows that no other test has."""
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", None)
+    reported: list[str] = []
+    report_compilations(reported.append)
+    x, weight = torch.randn(3, 1000, device="cuda"), torch.randn(1000, device="cuda")
+    for _ in range(2):
+        rms_norm(x, weight, 1e-5)
+    assert ["_rms_norm" in name for name in reported] == [True]

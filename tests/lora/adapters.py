@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from manylora.lora.adapter_file import open_adapter
 from manylora.lora.adapter_weights import Place, bind_adapter
+from manylora.lora.delta import LoRADelta
+from manylora.lora.lora_batch import LoRABatch
 from manylora.lora.page_layout import (
     MODULES,
     NUM_MODULES,
@@ -163,3 +165,8 @@ def run_ranks(size: int, run: Callable[[LockstepGroup], Any]) -> list[Any]:
     groups = [LockstepGroup(rank, size, barrier, board) for rank in range(size)]
     with ThreadPoolExecutor(size) as threads:
         return list(threads.map(run, groups))
+
+
+def add_delta(delta: LoRADelta, x: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
+    """y += the delta of x, as a layer has it done around its product."""
+    delta.finish(x, delta.begin(x, batch), y, batch)

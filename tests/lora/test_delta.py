@@ -17,6 +17,7 @@ from tests.lora.adapters import (
     LAYERS,
     LockstepGroup,
     WholeWeights,
+    add_delta,
     random_weights,
     run_ranks,
     same_ranks,
@@ -151,7 +152,7 @@ def test_deltas_of_all_ranks_together(tmp_path: Path, tp_size: int, sharding: st
             if first in ROW_PARALLEL:
                 x = columns(x, shapes[0].in_local, tp_size, group.rank)
             y = torch.ones(NUM_TOKENS, width)
-            LoRADelta(pool, layer, site, group, sharding).apply(x, y, lora_batch)
+            add_delta(LoRADelta(pool, layer, site, group, sharding), x, y, lora_batch)
             results[layer, site] = y - 1
         return results, group.collectives
 
@@ -185,7 +186,7 @@ def test_tokens_without_an_adapter_keep_their_bits(tmp_path: Path) -> None:
 
     def run(group: LockstepGroup) -> None:
         delta = LoRADelta(batch.pool(0), 0, 0, group, "slora")
-        delta.apply(torch.randn(NUM_TOKENS, 32), y, batch.lora_batch())
+        add_delta(delta, torch.randn(NUM_TOKENS, 32), y, batch.lora_batch())
 
     run_ranks(1, run)
     first = 0
@@ -211,7 +212,8 @@ def test_on_a_gpu_as_on_a_cpu(tmp_path: Path, site: int) -> None:
             pool = batch.pool(0, device)
             torch.cuda.synchronize()  # the copies
             y[device] = y[device].to(device)
-            LoRADelta(pool, 0, site, group, "slora").apply(x.to(device), y[device], batch.lora_batch())
+            delta = LoRADelta(pool, 0, site, group, "slora")
+            add_delta(delta, x.to(device), y[device], batch.lora_batch())
 
     run_ranks(1, run)
     torch.testing.assert_close(y["cuda"].cpu(), y["cpu"], rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ from manylora.lora.page_layout import pool_geometry
 from manylora.runtime.model_config import load_model_config
 from manylora.runtime.plan import FROM_SLOT, ForwardBatch, ForwardOutput, PlanBuilder, slot_entry
 from manylora.runtime.sampling_params import SamplingParams
+from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.distributed import init_tp_group
 from manylora.tp_worker.memory_pool import PagePool
 from manylora.tp_worker.model_runner import ModelRunner
@@ -47,6 +48,22 @@ def build_runner(model_dir: Path, device: str = "cpu") -> ModelRunner:
     state.in_prompt.fill_(1)
     state.stop_ids.fill_(5)
     return ModelRunner(model, pool, state, vocab_size=config.vocab_size, tp_rank=0)
+
+
+def with_graphs(runner: ModelRunner) -> ModelRunner:
+    """The runner, which decodes by graphs from now on."""
+    graphs = DecodeGraphs(
+        runner.model_step,
+        runner._model.logits,
+        runner._state,
+        runner._pool.geometry,
+        max_rows=NUM_SLOTS,
+        exchanges_planes=False,
+        lora=False,
+    )
+    graphs.capture(show_progress=False)
+    runner.use_graphs(graphs)
+    return runner
 
 
 class Driver:

@@ -11,11 +11,11 @@ import torch
 from manylora.kernels.decode_inputs import Bounds
 from manylora.runtime.messages import unpack_i32
 from manylora.runtime.sampling_params import SamplingParams
-from manylora.tp_worker.decode_graph import DecodeGraph, DecodeGraphs, DecodeResult
+from manylora.tp_worker.decode_graph import DecodeGraph, DecodeResult
 from manylora.tp_worker.model_runner import ModelRunner
 from tests.reference import Reference
 from tests.tiny_models import VOCAB_SIZE, TinyModels
-from tests.tp_worker.plan_driver import NUM_SLOTS, Driver, build_runner, run
+from tests.tp_worker.plan_driver import Driver, build_runner, run, with_graphs
 
 PROMPT = [0, 17, 43, 99, 250, 17, 8, 301, 64, 17, 120]
 GREEDY = SamplingParams(temperature=0.0)
@@ -46,19 +46,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> tuple[ModelRunne
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    runner = build_runner(model_dir)
-    made = DecodeGraphs(
-        runner.model_step,
-        runner._model.logits,
-        runner._state,
-        runner._pool.geometry,
-        max_rows=NUM_SLOTS,
-        exchanges_planes=False,
-        lora=False,
-    )
-    made.capture(show_progress=False)
-    runner.use_graphs(made)
-    return runner, results
+    return with_graphs(build_runner(model_dir)), results
 
 
 def generate(runner: ModelRunner, params: dict[int, SamplingParams], count: int) -> list[list[int]]:

@@ -12,12 +12,11 @@ import torch
 from manylora.runtime.messages import unpack_i32
 from manylora.runtime.plan import ForwardOutput
 from manylora.runtime.sampling_params import SamplingParams
-from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.model_runner import ModelRunner
 from manylora.tp_worker.transfers import RING, Download, Upload
 from tests.reference import Reference
 from tests.tiny_models import VOCAB_SIZE, TinyModels
-from tests.tp_worker.plan_driver import NUM_SLOTS, Driver, build_runner, run
+from tests.tp_worker.plan_driver import Driver, build_runner, run, with_graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -49,19 +48,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def runner_with_graphs(model_dir: Path) -> ModelRunner:
-    runner = build_runner(model_dir, "cuda")
-    graphs = DecodeGraphs(
-        runner.model_step,
-        runner._model.logits,
-        runner._state,
-        runner._pool.geometry,
-        max_rows=NUM_SLOTS,
-        exchanges_planes=False,
-        lora=False,
-    )
-    graphs.capture(show_progress=False)
-    runner.use_graphs(graphs)
-    return runner
+    return with_graphs(build_runner(model_dir, "cuda"))
 
 
 def decode_twice(runner: ModelRunner, count: int) -> list[list[int]]:

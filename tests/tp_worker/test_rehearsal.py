@@ -28,7 +28,7 @@ def test_a_sequence_goes_on_as_if_nothing_had_been(tiny_models: TinyModels) -> N
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("max_rows", "max_tokens"), [(1, 5), (256, 8192), (512, 2048)])
-def test_every_plan_is_one_the_scheduler_could_send(max_rows: int, max_tokens: int, lora: bool) -> None:
+def test_every_plan_is_well_formed(max_rows: int, max_tokens: int, lora: bool) -> None:
     plans = list(Rehearsal(9, max_rows, max_tokens, lora).plans())
     for plan in plans:
         rows = read_section(plan, "rows")

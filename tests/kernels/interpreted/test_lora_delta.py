@@ -10,7 +10,7 @@ import torch
 from manylora.lora.delta import LoRADelta
 from manylora.lora.lora_batch import LoRABatch
 from manylora.lora.page_layout import ROW_PARALLEL, SITES, module_sizes
-from tests.lora.adapters import small_geometry, small_model
+from tests.lora.adapters import add_delta, small_geometry, small_model
 from tests.lora.test_delta import NUM_TOKENS, Batch, columns, dense
 
 torch.set_num_threads(1)
@@ -56,7 +56,7 @@ def test_deltas_of_all_ranks_together(tmp_path: Path, site: int, tp_size: int, s
         delta = LoRADelta(pools[rank], LAYER, site, BoardGroup(rank, tp_size, board), sharding)
         mine = columns(x, shapes[0].in_local, tp_size, rank) if row_parallel else x
         y = torch.ones(NUM_TOKENS, width)
-        delta.apply(mine.contiguous(), y, step)
+        add_delta(delta, mine.contiguous(), y, step)
         results.append(y - 1)
     expected = [dense(batch.weights, LAYER, module, x, sizes[module][1]) for module in modules]
     if row_parallel:
