@@ -15,8 +15,8 @@ import uvloop
 from manylora.runtime.child import ChildContext, run_child
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import ManyloraError, ShuttingDownError, error_from
-from manylora.runtime.http_common import HttpState
-from manylora.runtime.http_server import serving
+from manylora.runtime.http.common import HttpState
+from manylora.runtime.http.server import serving
 from manylora.runtime.messages import EngineFailed, FrontToScheduler, SchedulerToFront
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt

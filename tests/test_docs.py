@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from manylora.runtime.flags import FLAGS
-from manylora.runtime.http_server import ROUTES
+from manylora.runtime.http.server import ROUTES
 from manylora.runtime.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +37,8 @@ def test_readme_lists_every_flag_with_its_default() -> None:
 
 def test_readme_lists_every_route_with_its_methods() -> None:
     methods: dict[str, list[str]] = {}
-    for method, path, _ in ROUTES:
-        methods.setdefault(path, []).append(method)
+    for route in ROUTES:
+        methods.setdefault(route.path, []).append(route.method)
     assert {path.strip("`"): cells[0] for path, cells in table("route").items()} == {
         path: ", ".join(sorted(names)) for path, names in methods.items()
     }

@@ -34,8 +34,8 @@ FLAG_NAMES = """
 --chunked-prefill-size --disable-overlap-schedule --cuda-graph-max-bs --log-level
 """
 ROUTES = """
-POST /generate, PUT /generate, POST /abort_request, GET /health_generate, GET /health, POST /load_lora_adapter,
-POST /unload_lora_adapter, GET /v1/models, GET /get_model_info, GET /get_server_info, GET /flush_cache,
+POST /generate, PUT /generate, POST /abort_request, GET /health_generate, POST /load_lora_adapter,
+POST /unload_lora_adapter, GET /health, GET /v1/models, GET /get_model_info, GET /get_server_info, GET /flush_cache,
 POST /flush_cache
 """
 
@@ -122,6 +122,8 @@ def test_the_flags_are_these() -> None:
 
 
 def test_the_routes_are_these() -> None:
-    from manylora.runtime.http_server import ROUTES as served
+    from manylora.runtime.http.server import ROUTES as served
 
-    assert [f"{method} {path}" for method, path, _ in served] == ROUTES.replace("\n", " ").strip().split(", ")
+    assert [f"{route.method} {route.path}" for route in served] == ROUTES.replace("\n", " ").strip().split(
+        ", "
+    )

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 
 from manylora.runtime.config import ModelArgs, ServerConfig
-from manylora.runtime.http_common import HttpState
-from manylora.runtime.http_server import serving
+from manylora.runtime.http.common import HttpState
+from manylora.runtime.http.server import serving
 from manylora.runtime.launch import bind
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 from tests.tokenizer_manager.fake_scheduler import FakeScheduler, fake_pair

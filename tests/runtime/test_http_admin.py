@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from manylora import __version__
-from manylora.runtime.http_server import ROUTES
+from manylora.runtime.http.server import ROUTES
 from manylora.runtime.messages import LoadAdapter, Submit, unpack_i32
 from tests.runtime.http_front import served
 from tests.tokenizer_manager.fake_scheduler import CONTEXT_LENGTH, VOCAB_SIZE, in_loop, until
@@ -140,7 +140,7 @@ async def test_health(tokenizer_dir: Path) -> None:
 
 @in_loop
 async def test_health_generate_without_a_token(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manylora.runtime.generate_routes.HEALTH_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("manylora.runtime.http.generate_routes.HEALTH_TIMEOUT_S", 0.05)
     async with served(tokenizer_dir) as front:
         front.scheduler.held = True
         status, answer = await front.get("/health_generate")
@@ -151,7 +151,7 @@ async def test_health_generate_without_a_token(tokenizer_dir: Path, monkeypatch:
 
 @in_loop
 async def test_health_generate_behind_others(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manylora.runtime.generate_routes.HEALTH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("manylora.runtime.http.generate_routes.HEALTH_TIMEOUT_S", 0.2)
     async with served(tokenizer_dir) as front:
         front.scheduler.held = True
         asking = asyncio.create_task(front.get("/health_generate"))
@@ -206,11 +206,10 @@ async def test_flush_cache(tokenizer_dir: Path, method: str) -> None:
 @in_loop
 async def test_every_route_answers_503_until_ready(tokenizer_dir: Path) -> None:
     async with served(tokenizer_dir, started=False) as front:
-        for method, path, _ in ROUTES:
-            async with front.client.request(
-                method, path, data=b"{}" if method != "GET" else None
-            ) as response:
-                assert response.status == 503, path
+        for route in ROUTES:
+            body = b"{}" if route.method != "GET" else None
+            async with front.client.request(route.method, route.path, data=body) as response:
+                assert response.status == 503, route.path
                 assert (await response.json())["error"]["code"] == "not_ready"
                 assert response.headers["Retry-After"] == "1"
         assert not front.scheduler.received

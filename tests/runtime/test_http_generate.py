@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from manylora.runtime.errors import QueueFullError
-from manylora.runtime.http_common import MAX_BODY_BYTES
+from manylora.runtime.http.common import MAX_BODY_BYTES
 from manylora.runtime.messages import Submit
 from tests.runtime.http_front import served
 from tests.tokenizer_manager.fake_scheduler import CACHED_TOKENS, VOCAB_SIZE, in_loop

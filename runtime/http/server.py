@@ -1,4 +1,4 @@
-"""The HTTP server: its routes and its limits. What the routes do is in `generate_routes.py` and `admin_routes.py`."""
+"""The HTTP server: all routes and its limits. What the routes do is in the `*_routes.py` beside it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from manylora.runtime import admin_routes, generate_routes
-from manylora.runtime.http_common import MAX_BODY_BYTES, STATE, HttpState, answer_errors
+from manylora.runtime.http import adapter_routes, generate_routes, server_routes
+from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors
 
 logger = logging.getLogger("manylora.access")
 
-ROUTES = (
-    ("POST", "/generate", generate_routes.generate),
-    ("PUT", "/generate", generate_routes.generate),
-    ("POST", "/abort_request", generate_routes.abort_request),
-    ("GET", "/health_generate", generate_routes.health_generate),
-    ("GET", "/health", admin_routes.health),
-    ("POST", "/load_lora_adapter", admin_routes.load_lora_adapter),
-    ("POST", "/unload_lora_adapter", admin_routes.unload_lora_adapter),
-    ("GET", "/v1/models", admin_routes.list_models),
-    ("GET", "/get_model_info", admin_routes.get_model_info),
-    ("GET", "/get_server_info", admin_routes.get_server_info),
-    ("GET", "/flush_cache", admin_routes.flush_cache),
-    ("POST", "/flush_cache", admin_routes.flush_cache),
-)
+ROUTES = (*generate_routes.ROUTES, *adapter_routes.ROUTES, *server_routes.ROUTES)
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
 SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
@@ -37,8 +24,8 @@ def make_app(state: HttpState) -> web.Application:
     """All routes over `state`; until it is ready every one of them answers 503."""
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])
     app[STATE] = state
-    for method, path, handler in ROUTES:
-        app.router.add_route(method, path, handler)
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, route.handler)
     return app
 
 

@@ -9,7 +9,8 @@ from aiohttp import web
 
 from manylora.runtime.api_types import AbortBody, GenerateBody
 from manylora.runtime.errors import ManyloraError, NotReadyError
-from manylora.runtime.http_common import STATE, encode, error_body, json_response, read_body
+from manylora.runtime.http.common import STATE, encode, error_body, json_response, read_body
+from manylora.runtime.http.route import Access, Route
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.generate_call import GenerateCall
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
@@ -87,3 +88,11 @@ async def abort_request(request: web.Request) -> web.Response:
     body.check()
     request.app[STATE].manager.abort(body.rid, abort_all=body.abort_all)
     return web.Response()
+
+
+ROUTES = (
+    Route("POST", "/generate", generate, Access.USER, "Generate text.", body=GenerateBody, streams=True),
+    Route("PUT", "/generate", generate, Access.USER, "Generate text.", body=GenerateBody, streams=True),
+    Route("POST", "/abort_request", abort_request, Access.USER, "End requests.", body=AbortBody),
+    Route("GET", "/health_generate", health_generate, Access.USER, "Whether a token comes back in time."),
+)

@@ -1,4 +1,4 @@
-"""The routes about adapters, models and the server itself."""
+"""The routes about models and the server itself."""
 
 from __future__ import annotations
 
@@ -6,37 +6,14 @@ from typing import Any
 
 from aiohttp import web
 
-from manylora.runtime.api_types import AdapterResult, LoadAdapterBody, UnloadAdapterBody
-from manylora.runtime.errors import BadRequestError
-from manylora.runtime.http_common import STATE, HttpState, json_response, read_body
-from manylora.runtime.messages import AdapterReply
+from manylora.runtime.http.common import STATE, HttpState, json_response
+from manylora.runtime.http.route import Access, Route
 from manylora.runtime.server_info import describe_server
 
 _FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. "
     "(When there are running or waiting requests, the operation will not be performed.)\n"
 )
-
-
-async def load_lora_adapter(request: web.Request) -> web.Response:
-    """Load an adapter from a directory or hub id. Goes on if the client leaves."""
-    try:
-        body = await read_body(request, LoadAdapterBody)
-    except BadRequestError as error:
-        return _not_understood(error)
-    reply = await request.app[STATE].manager.load_adapter(
-        body.lora_name, body.lora_path, pinned=body.pinned, replace=body.replace
-    )
-    return _adapter_response(reply)
-
-
-async def unload_lora_adapter(request: web.Request) -> web.Response:
-    """The name is gone at once; answers when its last request has ended and everything is freed."""
-    try:
-        body = await read_body(request, UnloadAdapterBody)
-    except BadRequestError as error:
-        return _not_understood(error)
-    return _adapter_response(await request.app[STATE].manager.unload_adapter(body.lora_name))
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -90,11 +67,17 @@ def _card(state: HttpState, name: str, root: str, parent: str | None) -> dict[st
     }
 
 
-def _not_understood(error: BadRequestError) -> web.Response:
-    return json_response(AdapterResult(False, error.message, None), error.status)
-
-
-def _adapter_response(reply: AdapterReply) -> web.Response:
-    if reply.error is None:
-        return json_response(AdapterResult(True, "", reply.loaded))
-    return json_response(AdapterResult(False, reply.error.message, reply.loaded), reply.error.status)
+ROUTES = (
+    Route("GET", "/health", health, Access.PUBLIC, "Whether the server serves."),
+    Route("GET", "/v1/models", list_models, Access.USER, "The base model and every loaded adapter."),
+    Route("GET", "/get_model_info", get_model_info, Access.USER, "The model's paths."),
+    Route(
+        "GET",
+        "/get_server_info",
+        get_server_info,
+        Access.ADMIN,
+        "Settings, sizes and the scheduler's ledger.",
+    ),
+    Route("GET", "/flush_cache", flush_cache, Access.ADMIN, "Forget every cached prefix."),
+    Route("POST", "/flush_cache", flush_cache, Access.ADMIN, "Forget every cached prefix."),
+)
