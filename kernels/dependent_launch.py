@@ -25,11 +25,16 @@ NOT_OVERLAPPING = MappingProxyType({"OVERLAPS": False})  # for the launch of a k
 
 def overlapping(device: torch.device) -> dict[str, Any]:
     """Keyword arguments for the launch of a kernel with the constant OVERLAPS."""
-    return {"OVERLAPS": True, "launch_pdl": True} if _supported(device) else {**NOT_OVERLAPPING}
+    return {"OVERLAPS": True, "launch_pdl": True} if can_overlap(device) else {**NOT_OVERLAPPING}
 
 
-def _supported(device: torch.device) -> bool:
-    """Hopper and later have it; the interpreter knows nothing of it."""
+def letting_next_start(device: torch.device) -> dict[str, Any]:
+    """The same for a launch that itself waits for all before it to end."""
+    return {"OVERLAPS": can_overlap(device)}
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether dependent launches do anything: Hopper and later have them, the interpreter knows nothing of them."""
     return capability(device) >= HOPPER
 
 

@@ -1,7 +1,7 @@
 """`lora_expand` of decode steps, where every adapter has few tokens: nearly all time goes into reading B once.
 
-A unit of work is a short run of blocks of outputs of one tile, so small that most of its bytes are asked for at once and
-so many that a GPU always has enough of them under way.
+A unit of work is a run of blocks of outputs of one tile, as long as it must be for every program to get one unit: what a
+program reads before its first block, one load after another, it then reads once.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora.kernels.dependent_launch import NOT_OVERLAPPING, overlapping, wait_for_earlier
+from manylora.kernels.dependent_launch import (
+    let_next_start,
+    letting_next_start,
+    overlapping,
+    wait_for_earlier,
+)
 from manylora.kernels.lora_planes_triton import add_to, can_prefetch, load_b, prefetch, scaled_plane
 from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs, registers
 
 _MAX_MODULES = 3
-_RUN = 4  # blocks of a unit, at most
+_AHEAD = 4  # blocks of a unit whose rows of B are asked for at its start
 _FEW, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4)
 _FEW_TILES = 8  # up to here blocks are small, so that more programs have some
 
@@ -39,13 +44,10 @@ def lora_expand_decode(
     modules = len(out_sizes)
     plane_width = columns // modules
     launch = launch or (_FEW if work.max_tiles <= _FEW_TILES else _MANY)
-    programs = num_programs(y.device, launch.programs)
-    blocks = [-(-size // launch.block) for size in out_sizes]
-    run, runs = _shortest_runs(blocks, programs // max(1, work.max_tiles))
-    runs += [0] * (_MAX_MODULES - modules)
+    blocks = [-(-size // launch.block) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
-    num_units = work.max_tiles * sum(runs)
-    if not num_units:
+    grid = min(work.max_tiles * sum(blocks), num_programs(y.device, launch.programs))
+    if not grid:
         return
     # With a number of ranks that does not divide 16, widths are multiples of that number alone.
     quantum = 8 if plane_width * parts % 16 == 0 else 1
@@ -58,13 +60,14 @@ def lora_expand_decode(
         "TILE_FIELDS": TILE_FIELDS,
         "BLOCK_N": launch.block,
         "BLOCK_R": max(16, triton.next_power_of_2(plane_width * parts)),
+        "AHEAD": _AHEAD,
         "STAGES": launch.num_stages,
         "num_warps": launch.num_warps,
         "num_stages": 1,  # of the loops that do not say otherwise
         "maxnreg": registers(launch),
-        **(overlapping(y.device) if beside else NOT_OVERLAPPING),
+        **(overlapping(y.device) if beside else letting_next_start(y.device)),
     }
-    _lora_expand_decode[(min(num_units, programs),)](
+    _lora_expand_decode[(grid,)](
         planes,
         planes.stride(0),
         planes.stride(1),
@@ -80,31 +83,32 @@ def lora_expand_decode(
         scalings.stride(0),
         scalings.stride(1),
         work.tiles,
+        work.num_tiles,
         work.slices,
         y,
         y.stride(0),
         sizes[0],
         sizes[1],
         sizes[2],
-        runs[0],
-        runs[1],
-        runs[2],
-        run,
-        num_units,
+        blocks[0],
+        blocks[1],
+        blocks[2],
         columns,
         plane_width,
         **meta,
     )
 
 
-def _shortest_runs(blocks: list[int], programs: int) -> tuple[int, list[int]]:
-    """How many blocks make a unit, and units of each module: as short as `programs` of a tile can take one each, or as
-    long as they may be, since a program's next unit waits for the one before it."""
-    for run in range(1, _RUN):
-        runs = [-(-count // run) for count in blocks]
-        if sum(runs) <= programs:
-            return run, runs
-    return _RUN, [-(-count // _RUN) for count in blocks]
+@triton.jit
+def _shortest_run(num_tiles, blocks_0, blocks_1, blocks_2, programs):
+    """Blocks of a unit, so that the programs have one unit each if that can be: runs end with a module's blocks."""
+    longest = tl.maximum(blocks_0, tl.maximum(blocks_1, blocks_2))
+    run = tl.maximum(tl.cdiv(num_tiles * (blocks_0 + blocks_1 + blocks_2), programs), 1)
+    units = num_tiles * (tl.cdiv(blocks_0, run) + tl.cdiv(blocks_1, run) + tl.cdiv(blocks_2, run))
+    while (units > programs) & (run < longest):
+        run += 1
+        units = num_tiles * (tl.cdiv(blocks_0, run) + tl.cdiv(blocks_1, run) + tl.cdiv(blocks_2, run))
+    return run
 
 
 @triton.jit
@@ -138,7 +142,7 @@ def _load_slice(
     """Where a slice's B piece starts, its width, and its scaled plane, transposed (BLOCK_R, TILE_TOKENS), in the type of
     B; without a piece, or with plane ≥ count, width and plane are zero.
 
-    begin, end: the rows of B that will be read; there are some. planes, offsets, widths, scalings: pointers to the
+    begin, end: the first rows of B that will be read; there are some. planes, offsets, widths, scalings: pointers to the
     module's column; row_at: to the slice's row of the slice table.
     """
     known = plane < count
@@ -155,6 +159,7 @@ def _load_slice(
         rows = piece + tl.cast(begin, tl.int64) * width
         prefetch(rows, (end - begin) * width * (pages.dtype.element_ty.primitive_bitwidth // 8))
     wait_for_earlier(OVERLAPS)
+    let_next_start(OVERLAPS)
     hidden = scaled_plane(
         planes + tl.cast(plane, tl.int64) * plane_stride, part_stride, chunk_stride, token, in_tile, width,
         scaling, columns, PARTS, CHUNKS, BLOCK_R,
@@ -164,7 +169,7 @@ def _load_slice(
 
 @triton.jit(
     do_not_specialize=[
-        "part_stride", "chunk_stride", "plane_stride", "runs_0", "runs_1", "runs_2", "run", "num_units"
+        "part_stride", "chunk_stride", "plane_stride", "blocks_0", "blocks_1", "blocks_2"
     ],
     do_not_specialize_on_alignment=["slices"],
 )  # fmt: skip
@@ -184,17 +189,16 @@ def _lora_expand_decode(
     scalings_row,
     scalings_module,
     tiles,
+    num_tiles,
     slices,
     y,
     y_stride,
     size_0,
     size_1,
     size_2,
-    runs_0,
-    runs_1,
-    runs_2,
-    run,
-    num_units,
+    blocks_0,
+    blocks_1,
+    blocks_2,
     columns,
     plane_width,
     PARTS: tl.constexpr,
@@ -205,16 +209,20 @@ def _lora_expand_decode(
     TILE_FIELDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Units are dealt out in turn, tile after tile. A program is done at the first tile without tokens: its later units
-    are further down the list.
+    """Units are dealt out in turn, tile after tile.
 
     Outputs are the products' rows, which tensor cores take straight from shared memory, tokens their columns. Slices are
     multiplied one by one, so that time follows their widths; of up to four, the pieces are read side by side.
     """
-    num_runs = runs_0 + runs_1 + runs_2
+    tiles_here = tl.load(num_tiles)
+    run = _shortest_run(tiles_here, blocks_0, blocks_1, blocks_2, tl.num_programs(0))
+    runs_0, runs_1 = tl.cdiv(blocks_0, run), tl.cdiv(blocks_1, run)
+    num_runs = runs_0 + runs_1 + tl.cdiv(blocks_2, run)
+    num_units = tiles_here * num_runs
     unit = tl.program_id(0)
     while unit < num_units:
         tile = tiles + unit // num_runs * TILE_FIELDS
@@ -227,14 +235,14 @@ def _lora_expand_decode(
         module = past_0 + past_1
         size = size_0 + past_0 * (size_1 - size_0) + past_1 * (size_2 - size_1)
         begin = (index - past_0 * runs_0 - past_1 * runs_1) * run * BLOCK_N
-        end = tl.where(tokens > 0, tl.minimum(begin + run * BLOCK_N, size), begin)
-        count = tl.where(tokens > 0, count, 0)
+        end = tl.minimum(begin + run * BLOCK_N, size)
+        ahead = tl.minimum(begin + AHEAD * BLOCK_N, end)
         y_module = y + past_0 * size_0 + past_1 * size_1
         planes_module = planes + module * plane_width
         offsets_at = offsets + module * offsets_module
         widths_at = widths + module * widths_module
         scalings_at = scalings + module * scalings_module
-        unit = tl.where(tokens > 0, unit + tl.num_programs(0), num_units)
+        unit += tl.num_programs(0)
 
         token = tl.arange(0, TILE_TOKENS)
         in_tile = token < tokens
@@ -243,26 +251,26 @@ def _lora_expand_decode(
             piece, width, hidden = _load_slice(  # pyright: ignore[reportGeneralTypeIssues]
                 pages, planes_module, part_stride, chunk_stride, plane_stride,
                 offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
-                tile + 4, 0, count, begin, end, token, in_tile, columns,
+                tile + 4, 0, count, begin, ahead, token, in_tile, columns,
                 PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
             )  # fmt: skip
             if count > 1:
                 piece_1, width_1, hidden_1 = _load_slice(
                     pages, planes_module, part_stride, chunk_stride, plane_stride,
                     offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
-                    slices + entry + 1, 1, count, begin, end, token, in_tile, columns,
+                    slices + entry + 1, 1, count, begin, ahead, token, in_tile, columns,
                     PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
                 )  # fmt: skip
                 piece_2, width_2, hidden_2 = _load_slice(
                     pages, planes_module, part_stride, chunk_stride, plane_stride,
                     offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
-                    slices + entry + 2, 2, count, begin, end, token, in_tile, columns,
+                    slices + entry + 2, 2, count, begin, ahead, token, in_tile, columns,
                     PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
                 )  # fmt: skip
                 piece_3, width_3, hidden_3 = _load_slice(
                     pages, planes_module, part_stride, chunk_stride, plane_stride,
                     offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
-                    slices + entry + 3, 3, count, begin, end, token, in_tile, columns,
+                    slices + entry + 3, 3, count, begin, ahead, token, in_tile, columns,
                     PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
                 )  # fmt: skip
                 end = tl.where(width + width_1 + width_2 + width_3 > 0, end, begin)
@@ -295,6 +303,7 @@ def _lora_expand_decode(
                     add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
         else:
             wait_for_earlier(OVERLAPS)
+            let_next_start(OVERLAPS)
             pieces = tl.zeros((), tl.int32)
             for plane in range(count):
                 slice_row = tl.load(slices + entry + plane).to(tl.int64)
@@ -313,3 +322,4 @@ def _lora_expand_decode(
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
                     acc = tl.dot(lora_b, hidden, acc, input_precision="ieee")
                 add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
+    wait_for_earlier(OVERLAPS)  # a program may have had no unit

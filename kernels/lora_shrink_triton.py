@@ -13,7 +13,7 @@ from manylora.kernels.lora_work import ITEM_FIELDS, Launch, LoRAWork, num_progra
 
 _PREFILL = Launch(2, 128, 4, 3)
 # By the columns of a block of planes: a warp for every 16, and as much of A in flight as shared memory has room for.
-_DECODE = {16: Launch(6, 256, 1, 4), 32: Launch(6, 128, 2, 4), 64: Launch(4, 128, 4, 3)}
+_DECODE = {16: Launch(8, 128, 1, 5), 32: Launch(8, 64, 2, 5), 64: Launch(6, 64, 4, 4)}
 
 
 def lora_shrink(

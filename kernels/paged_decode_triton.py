@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from manylora.kernels.attention_tile import LOG2_E, MASKED, attend_tile, page_ids, row_tile
-from manylora.kernels.dependent_launch import overlapping, wait_for_earlier
+from manylora.kernels.dependent_launch import let_next_start, overlapping, wait_for_earlier
 
 _SHARED_BYTES = 104 << 10  # that a GPU must have for the large tiles
 _COMBINED = 4096  # numbers of partial results on their way to the program that combines them
@@ -181,6 +181,7 @@ def _decode(
     dims = tl.arange(0, BLOCK_D)
     real = (m < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     wait_for_earlier(OVERLAPS)
+    let_next_start(OVERLAPS)
     while work < run_end:
         # All of the row at once, and page ids before the query: a load that waits for another costs half a microsecond.
         here = (ends - row_tiles <= work) & (work < ends)

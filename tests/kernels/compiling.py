@@ -35,7 +35,7 @@ def compiled_for_hopper() -> Iterator[dict[str, Any]]:
         source = _source(kernel, dict(zip(kernel.arg_names, args, strict=False)), constants)
         compiled[kernel.fn.__name__] = triton.compile(source, target=HOPPER, options=options)
 
-    with patch.object(JITFunction, "run", run), patch.object(dependent_launch, "_supported", lambda _: True):
+    with patch.object(JITFunction, "run", run), patch.object(dependent_launch, "can_overlap", lambda _: True):
         yield compiled
 
 
