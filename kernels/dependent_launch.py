@@ -53,8 +53,20 @@ def let_next_start(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
-def prefetch_to_l2(lines):
-    """Ask for the 128 bytes at each of these pointers, without waiting. Never under the interpreter."""
+def prefetch_to_l2(lines, wanted):
+    """Ask for the 128 bytes at each of these pointers that is `wanted`, without waiting. Never under the interpreter."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+        """
+        {
+            .reg .pred is_wanted;
+            setp.ne.s32 is_wanted, $2, 0;
+            @is_wanted prefetch.global.L2 [$1];
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [lines, wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )

@@ -127,9 +127,10 @@ def _linear(
     row = tl.arange(0, BLOCK_ROWS)
     feature = tl.arange(0, BLOCK_IN)
     weight_rows = weight + out.to(tl.int64)[:, None] * weight_stride
-    if OVERLAPS and EVEN:
+    if OVERLAPS:
         for tile in tl.static_range(PREFETCHED):  # pyright: ignore[reportGeneralTypeIssues]
-            prefetch_to_l2(weight_rows + tile * BLOCK_IN + tl.arange(0, BLOCK_IN // LINE)[None, :] * LINE)
+            line = tile * BLOCK_IN + tl.arange(0, BLOCK_IN // LINE)[None, :] * LINE
+            prefetch_to_l2(weight_rows + line, (out < out_features)[:, None] & (line < in_features))
     wait_for_earlier(OVERLAPS)
     let_next_start(OVERLAPS)  # a shrink of the same x may run beside this
 

@@ -23,8 +23,9 @@ from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_progra
 
 _MAX_MODULES = 3
 _AHEAD = 4  # blocks of a unit whose rows of B are asked for at its start
-_FEW, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4)
-_FEW_TILES = 8  # up to here blocks are small, so that more programs have some
+# The best of whole steps on an H200 (docs/benchmarks.md): small blocks where tiles are few, so that more programs have some.
+_FEW, _SOME, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4), Launch(4, 256, 4, 3)
+_FEW_TILES, _SOME_TOKENS = 8, 64
 
 
 def lora_expand_decode(
@@ -43,7 +44,7 @@ def lora_expand_decode(
     parts, chunks, _, _, columns = planes.shape
     modules = len(out_sizes)
     plane_width = columns // modules
-    launch = launch or (_FEW if work.max_tiles <= _FEW_TILES else _MANY)
+    launch = launch or _default_launch(work)
     blocks = [-(-size // launch.block) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
     grid = min(work.max_tiles * sum(blocks), num_programs(y.device, launch.programs))
@@ -97,6 +98,12 @@ def lora_expand_decode(
         plane_width,
         **meta,
     )
+
+
+def _default_launch(work: LoRAWork) -> Launch:
+    if work.max_tiles <= _FEW_TILES:
+        return _FEW
+    return _SOME if work.num_tokens <= _SOME_TOKENS else _MANY
 
 
 @triton.jit

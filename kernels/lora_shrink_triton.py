@@ -8,12 +8,20 @@ import torch
 import triton
 import triton.language as tl
 
-from manylora.kernels.dependent_launch import NOT_OVERLAPPING, let_next_start, overlapping, wait_for_earlier
+from manylora.kernels.dependent_launch import (
+    NOT_OVERLAPPING,
+    let_next_start,
+    overlapping,
+    prefetch_to_l2,
+    wait_for_earlier,
+)
 from manylora.kernels.lora_work import ITEM_FIELDS, Launch, LoRAWork, num_programs
 
 _PREFILL = Launch(2, 128, 4, 3)
 # By the columns of a block of planes: a warp for every 16, and as much of A in flight as shared memory has room for.
-_DECODE = {16: Launch(8, 128, 1, 5), 32: Launch(8, 64, 2, 5), 64: Launch(6, 64, 4, 4)}
+_DECODE = {16: Launch(4, 256, 1, 4), 32: Launch(4, 128, 2, 4), 64: Launch(4, 64, 4, 4)}
+_DECODE_BESIDE = {16: Launch(8, 128, 1, 5), 32: Launch(8, 64, 2, 5), 64: Launch(6, 64, 4, 4)}
+_LINE = 128  # bytes of a cache line
 
 
 def lora_shrink(
@@ -31,12 +39,13 @@ def lora_shrink(
 
     `work` is listed, and stands for segments and slices. planes: (chunks, slices, T, modules · plane width): each plane
     is the sum over `chunks`, every one of which covers a part of x's columns. Every offset is a multiple of 32.
-    beside: the launch right before this one is the product of the same x, by `linear_triton`; the two run side by side.
+    Of a decode step it may start before the kernel that writes x has ended. beside: the launch right before this one is
+    the product of the same x, by `linear_triton`; the two run side by side.
     """
     num_chunks, _, num_tokens, columns = planes.shape
     features, modules = x.shape[1], offsets.shape[1]
     block_n = max(16, 1 << (columns - 1).bit_length())
-    launch = launch or (_DECODE.get(block_n, _DECODE[64]) if work.decode else _PREFILL)
+    launch = launch or _default_launch(block_n, work.decode, beside)
     # Blocks are meant for elements of 2 bytes, and no wider than a chunk.
     block_k = min(
         launch.block * 2 // max(2, x.itemsize), triton.next_power_of_2(triton.cdiv(features, num_chunks))
@@ -45,13 +54,14 @@ def lora_shrink(
     grid = min(work.max_items * num_chunks, num_programs(x.device, launch.programs))
     if not grid:
         return
+    chunk = triton.cdiv(triton.cdiv(features, num_chunks), block_k) * block_k
     meta: dict[str, Any] = {
         "FEATURES": features,
         "MODULES": modules,
         "PLANE_WIDTH": columns // modules,
         "SPLIT": split,
         "CHUNKS": num_chunks,
-        "CHUNK": triton.cdiv(triton.cdiv(features, num_chunks), block_k) * block_k,
+        "CHUNK": chunk,
         "TILE_TOKENS": work.tile_tokens,
         "ITEM_FIELDS": ITEM_FIELDS,
         # Tensor cores take 16 rows of A with 8 tokens, but not 8 tokens with columns of A.
@@ -60,7 +70,10 @@ def lora_shrink(
         "BLOCK_K": block_k,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        **(overlapping(x.device) if beside else NOT_OVERLAPPING),
+        "LINES": triton.next_power_of_2(triton.cdiv(chunk * x.itemsize, _LINE)),
+        "LINE": _LINE // x.itemsize,
+        "BESIDE": beside,
+        **(overlapping(x.device) if work.decode else NOT_OVERLAPPING),
     }
     _lora_shrink[(grid,)](
         x,
@@ -80,6 +93,13 @@ def lora_shrink(
         planes.stride(1),
         **meta,
     )
+
+
+def _default_launch(block_n: int, decode: bool, beside: bool) -> Launch:
+    if not decode:
+        return _PREFILL
+    launches = _DECODE_BESIDE if beside else _DECODE
+    return launches.get(block_n, launches[64])
 
 
 @triton.jit(do_not_specialize=["num_units", "num_tokens", "chunk_stride", "plane_stride"])
@@ -110,16 +130,21 @@ def _lora_shrink(
     A_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    BESIDE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """A unit of work is one chunk of one item: a (TILE_TOKENS, BLOCK_N) block of one plane, all modules side by side.
 
     A program is done at the first unit without tokens: its later ones are further down the list.
 
-    If it OVERLAPS the product before it, x is older than that and ready; all this has to wait for is its own end, so that
-    what comes next finds both ended. What comes next may only read weights and lists before its own wait.
+    BESIDE the product that was launched before it, x is older than that and ready; all this has to wait for is its own
+    end, so that what comes next finds both ended. What comes next may only read weights and lists before its own wait.
+    Elsewhere the kernel before it writes x, and A is on its way to the L2 cache meanwhile.
     """
-    let_next_start(OVERLAPS)
+    if BESIDE:
+        let_next_start(OVERLAPS)
     column = tl.arange(0, BLOCK_N)
     module, row = column // PLANE_WIDTH, column % PLANE_WIDTH
     in_plane = module < MODULES
@@ -142,6 +167,11 @@ def _lora_shrink(
 
         begin = chunk * CHUNK
         past = tl.where(tokens > 0, tl.minimum(begin + CHUNK, FEATURES), begin)
+        if OVERLAPS and not BESIDE:
+            line = begin + tl.arange(0, LINES) * LINE
+            prefetch_to_l2(lora_a[:, None] + line[None, :], stored[:, None] & (line < past)[None, :])
+            wait_for_earlier(OVERLAPS)
+            let_next_start(OVERLAPS)
         acc = tl.zeros((BLOCK_N, TILE_TOKENS) if A_FIRST else (TILE_TOKENS, BLOCK_N), tl.float32)
         for start in range(begin, past, BLOCK_K):
             feature = start + tl.arange(0, BLOCK_K)

@@ -18,6 +18,7 @@ from torch import Tensor
 from manylora.kernels.attention_tile import LOG2_E, attend_tile, find_row, page_ids, row_tile
 
 _SHARED_BYTES = 160 << 10  # that the large blocks need, as Hopper has them
+_LONG = 2048  # tokens of the average row from which large blocks are faster (docs/benchmarks.md)
 
 
 class Launch(NamedTuple):
@@ -48,7 +49,7 @@ def paged_prefill_attention(
         raise ValueError("paged_prefill_attention takes tensors whose last dimension is contiguous")
     group = heads // kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
-    launch = launch or _default_launch(q.device, q.dtype, block_d, num_tokens * group >= 128 * num_rows)
+    launch = launch or _default_launch(q.device, q.dtype, block_d, num_tokens >= _LONG * num_rows)
     block_m = max(launch.block_m, triton.next_power_of_2(group))
     block_tokens = block_m // group
     source: list[Any] = [
@@ -80,7 +81,7 @@ def paged_prefill_attention(
 
 @cache
 def _default_launch(device: torch.device, dtype: torch.dtype, block_d: int, long: bool) -> Launch:
-    """`long`: the average row fills a large block."""
+    """`long`: rows are, on average."""
     if device.type == "cpu":  # the interpreter
         return Launch(block_m=16, block_n=32, num_warps=4, num_stages=1)
     if dtype.itemsize > 2:

@@ -21,8 +21,9 @@ class LoRADelta:
     """The delta of one (layer, site) on one rank. `site` indexes `SITES`.
 
     The shrink of a decode step runs beside the base product: where that is our own kernel, right behind it as a dependent
-    launch; else on `side_stream` of a CUDA device. Neither is done where a collective follows the shrink: on another
-    stream that would need a communicator of its own.
+    launch; on a GPU without dependent launches, on `side_stream`. Neither is done where a collective follows the shrink:
+    on another stream that would need a communicator of its own. Where the product is the library's, which fills the GPU,
+    the shrink comes before it and starts early.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class LoRADelta:
         """
         if self._follows(x, batch):
             return None
-        side_stream = self._side_stream_of(batch)
+        side_stream = self._side_stream_of(x, batch)
         if side_stream is None:
             return self._shrink(x, batch)
         side_stream.wait_stream(torch.cuda.current_stream())
@@ -76,7 +77,7 @@ class LoRADelta:
             planes = self._shrink(x, batch, beside=True)
             self._expand(planes[None], y[:, self._y_columns], batch, beside=True)
             return
-        side_stream = self._side_stream_of(batch)
+        side_stream = self._side_stream_of(x, batch)
         if side_stream is not None:
             torch.cuda.current_stream().wait_stream(side_stream)
         self._expand(self._exchange(begun), y[:, self._y_columns], batch)
@@ -89,8 +90,12 @@ class LoRADelta:
 
         return linear_triton.is_faster(x)
 
-    def _side_stream_of(self, batch: LoRABatch) -> torch.cuda.Stream | None:
-        return self._side_stream if batch.work is not None and batch.work.decode else None
+    def _side_stream_of(self, x: torch.Tensor, batch: LoRABatch) -> torch.cuda.Stream | None:
+        if self._side_stream is None or batch.work is None or not batch.work.decode:
+            return None
+        from manylora.kernels.dependent_launch import can_overlap
+
+        return None if can_overlap(x.device) else self._side_stream
 
     def _shrink(self, x: torch.Tensor, batch: LoRABatch, beside: bool = False) -> torch.Tensor:
         """x·Aᵀ in planes of (chunks, slices, T, plane columns)."""

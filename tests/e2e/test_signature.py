@@ -49,7 +49,7 @@ GPU = [
 ]
 GPU += [
     pytest.param(
-        Case(1, "slora", "bfloat16", 6500, "cuda", max_new_tokens=400, room=16384, min_tokens=10**6),
+        Case(1, "slora", "bfloat16", 7200, "cuda", max_new_tokens=400, room=16384, min_tokens=10**6),
         id="cuda-million",
         marks=[pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(400)],
     )
