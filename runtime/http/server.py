@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from manylora.runtime.http import adapter_routes, generate_routes, server_routes
-from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors
+from manylora.runtime.http.access import LEVELS, require_key
+from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors, check_ready
 
 logger = logging.getLogger("manylora.access")
 
@@ -22,10 +23,13 @@ SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
 
 def make_app(state: HttpState) -> web.Application:
     """All routes over `state`; until it is ready every one of them answers 503."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])
+    app = web.Application(
+        client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors, require_key, check_ready]
+    )
     app[STATE] = state
-    for route in ROUTES:
-        app.router.add_route(route.method, route.path, route.handler)
+    app[LEVELS] = {
+        app.router.add_route(route.method, route.path, route.handler): route.access for route in ROUTES
+    }
     return app
 
 

@@ -206,6 +206,7 @@ def test_every_field_a_user_may_set_has_one_flag() -> None:
             "schedule",
             "parallel",
             "http",
+            "access",
             "run_dir",
             "shm_dir",
             "supervisor_pid",
@@ -213,7 +214,7 @@ def test_every_field_a_user_may_set_has_one_flag() -> None:
         },
     }
     config = parse_flags(MODEL)
-    for section in ("model", "lora", "cache", "schedule", "parallel", "http", ""):
+    for section in ("model", "lora", "cache", "schedule", "parallel", "http", "access", ""):
         struct = getattr(config, section) if section else config
         fields = {field.name for field in msgspec.structs.fields(struct)}
         flagged = {name for part, name in targets if part == section}
