@@ -207,6 +207,8 @@ def _convert(flag: Flag, value: Any, strict: bool) -> Any:
         return parse_lora_paths(value)
     if flag.name == "lora_target_modules":
         return parse_target_modules(value)
+    if flag.name == "adapter_root" and isinstance(value, str):
+        value = [value]
     if flag.name == "dtype":
         value = _DTYPE_ALIASES.get(value, value)
     choices = _choices(flag)

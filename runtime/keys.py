@@ -57,14 +57,16 @@ def _read(flag: str, path: str | None) -> tuple[bytes, ...]:
     place = f"--{flag.replace('_', '-')} {path}"
     try:
         # Opening a FIFO must not wait for its writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(
+            path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(f"{place} is not a regular file", param=flag)
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(MAX_FILE_BYTES + 1) if stat.S_ISREG(status.st_mode) else b""
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "no valid path"
         raise ConfigError(f"{place} cannot be read: {reason}", param=flag) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{place} is not a regular file", param=flag)
     if status.st_mode & stat.S_IWOTH:
         raise ConfigError(f"{place} can be written by every user of this machine", param=flag)
     if status.st_mode & stat.S_IROTH:  # so are mounted secrets, in a container with one user

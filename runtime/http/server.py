@@ -8,12 +8,14 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from manylora.runtime.http import adapter_routes, generate_routes, server_routes
 from manylora.runtime.http.access import LEVELS, require_key
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors, check_ready
 
 logger = logging.getLogger("manylora.access")
+protocol_logger = logging.getLogger("manylora.protocol")
 
 ROUTES = (*generate_routes.ROUTES, *adapter_routes.ROUTES, *server_routes.ROUTES)
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
@@ -33,11 +35,26 @@ def make_app(state: HttpState) -> web.Application:
     return app
 
 
+class _WithoutContent(logging.Filter):
+    """The error of a request that is no HTTP quotes the line at fault, which may be the one with the key."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}", ()
+            record.exc_info = None
+        return True
+
+
+protocol_logger.addFilter(_WithoutContent())
+
+
 @asynccontextmanager
 async def serving(state: HttpState, listener: socket.socket) -> AsyncGenerator[None]:
     """Serve on a bound socket inside the block. At its end answers on their way get a short while, then connections close."""
     runner = web.AppRunner(
         make_app(state),
+        logger=protocol_logger,
         access_log=logger,
         access_log_format='%a - "%r" %s',
         auto_decompress=False,
