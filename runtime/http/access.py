@@ -12,20 +12,27 @@ from manylora.runtime.http.common import STATE
 from manylora.runtime.http.route import Access
 from manylora.runtime.keys import Keys, is_one_of
 
+_FETCH_SITE = "Sec-Fetch-Site"
 LEVELS = web.AppKey("levels", dict[web.AbstractRoute, Access])
 
 
 def refusal(
-    level: Access, authorization: Sequence[str], keys: Keys
+    level: Access, authorization: Sequence[str], keys: Keys, *, cross_site: bool = False
 ) -> UnauthorizedError | ForbiddenError | None:
-    """Why a request may not call a route of `level`; None if it may. `authorization`: every header of that name.
+    """Why a request may not call a route of `level`; None if it may. `authorization`: every header of that
+    name; cross_site: a browser says that a page of somebody else's sends it.
 
     Without keys everything is open. An admin key opens everything, an API key what is no admin's; the admin's routes
-    too where there is no admin key. With an admin key alone the users' routes stay open.
+    too where there is no admin key. With an admin key alone the users' routes stay open. What is open is so to programs
+    and to our own page: a page of the web that a person looks at shall not reach a server on his machine.
     """
     asks_admin = level is Access.ADMIN and bool(keys.admin)
-    if level is Access.PUBLIC or not (keys.api or asks_admin):
+    if level is Access.PUBLIC:
         return None
+    if not (keys.api or asks_admin):
+        return (
+            ForbiddenError("A page of another site sent this, and there is no key.") if cross_site else None
+        )
     token = _bearer_token(authorization)
     if token is None:
         return UnauthorizedError("This needs a key: send the header `Authorization: Bearer KEY` once.")
@@ -47,7 +54,13 @@ async def require_key(request: web.Request, handler: Handler) -> web.StreamRespo
         level = Access.USER
     else:
         level = request.app[LEVELS].get(match.route, Access.ADMIN)
-    error = refusal(level, request.headers.getall(hdrs.AUTHORIZATION, ()), request.app[STATE].keys)
+    headers = request.headers
+    error = refusal(
+        level,
+        headers.getall(hdrs.AUTHORIZATION, ()),
+        request.app[STATE].keys,
+        cross_site=headers.get(_FETCH_SITE) == "cross-site",
+    )
     if error is not None:
         raise error
     return await handler(request)

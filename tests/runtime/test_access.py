@@ -120,6 +120,25 @@ def test_two_headers_open_nothing() -> None:
         assert status(Access.USER, pair, SERVERS["api"]) == "401"
 
 
+@pytest.mark.parametrize("given", SERVERS)
+def test_a_page_of_another_site_is_not_let_in_without_a_key(given: str) -> None:
+    keys = SERVERS[given]
+    for level, caller in itertools.product(Access, CALLERS):
+        plain, cross = refusal(level, caller, keys), refusal(level, caller, keys, cross_site=True)
+        is_open = level is not Access.PUBLIC and refusal(level, [], keys) is None
+        assert (cross is not None and cross.status == 403) if is_open else type(cross) is type(plain)
+
+
+@in_loop
+async def test_a_browser_says_which_page_sends(tokenizer_dir: Path) -> None:
+    async with served(tokenizer_dir) as front:
+        for site, status in (("cross-site", 403), ("same-origin", 200), ("none", 200)):
+            async with front.client.get("/v1/models", headers={"Sec-Fetch-Site": site}) as response:
+                assert response.status == status
+        async with front.client.get("/health", headers={"Sec-Fetch-Site": "cross-site"}) as response:
+            assert response.status == 200
+
+
 def test_every_route_has_the_level_it_had() -> None:
     levels = [f"{route.method} {route.path} {route.access.value}" for route in ROUTES]
     assert levels == ACCESS.strip().splitlines()

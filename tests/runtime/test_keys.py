@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from manylora.runtime.config import AccessArgs
@@ -81,7 +82,7 @@ def test_a_path_that_is_no_file(tmp_path: Path, flag: str) -> None:
         str(tmp_path / "fifo"): "is not a regular file",
         "a\0b": "cannot be read: no valid path",
     }.items():
-        assert refusal(AccessArgs(**{flag: path})) == f"{option} {path} {problem}"
+        assert refusal(msgspec.structs.replace(AccessArgs(), **{flag: path})) == f"{option} {path} {problem}"
 
 
 def test_a_key_in_both_files(tmp_path: Path) -> None:
