@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
 from manylora.lora.adapter_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from manylora.runtime.adapter_access import HUB_ID, Permit, check_below
 from manylora.runtime.errors import AdapterRejectedError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 UNSAFE_WEIGHTS_NAME = "adapter_model.bin"
 MAX_WEIGHTS_BYTES = 16 * 1024**3
 _REST_BYTES = 1 << 20  # of a file that is only digested, at a time
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
 class AdapterFile:
@@ -76,11 +75,14 @@ class AdapterFile:
         return self._hash.hexdigest()
 
 
-def resolve_adapter(lora_path: str) -> Path:
-    """The directory of an adapter: `lora_path` itself, or the hub repository of that id, downloaded if need be.
+def resolve_adapter(permit: Permit) -> Path:
+    """The directory of an adapter: the permitted path itself, or the hub repository of that id, downloaded if need be.
 
     Raises AdapterRejectedError that says where was looked.
     """
+    lora_path = permit.path
+    if permit.hub_only:
+        return _download(lora_path, "not an adapter")
     try:
         directory = Path(lora_path).expanduser()
         is_dir, exists = directory.is_dir(), directory.exists()
@@ -92,14 +94,19 @@ def resolve_adapter(lora_path: str) -> Path:
         raise AdapterRejectedError(
             f"{lora_path} is a file; give the directory with {CONFIG_NAME}", param="lora_path"
         )
-    if not _HUB_ID.fullmatch(lora_path):
+    if not HUB_ID.fullmatch(lora_path):
         raise AdapterRejectedError(f"there is no adapter directory {directory.absolute()}", param="lora_path")
-    return _download(lora_path)
+    return _download(lora_path, f"neither a directory ({directory.absolute()}) nor an adapter")
 
 
-def open_adapter(directory: Path) -> AdapterFile:
-    """Read the configuration and begin with the weights; the caller closes it. Raises AdapterRejectedError."""
+def open_adapter(directory: Path, root: str = "") -> AdapterFile:
+    """Read the configuration and begin with the weights; the caller closes it.
+
+    Raises AdapterRejectedError, or AdapterPathForbiddenError if there is a `root` and a file lies elsewhere.
+    """
     weights_path = directory / WEIGHTS_NAME
+    for path in (directory / CONFIG_NAME, weights_path):
+        check_below(os.path.realpath(path), root)  # before a look at whether there is such a file
     if not os.path.exists(weights_path) and os.path.exists(directory / UNSAFE_WEIGHTS_NAME):
         raise AdapterRejectedError(
             f"{directory} has only {UNSAFE_WEIGHTS_NAME}, a pickle that can run code when loaded; save the adapter as "
@@ -107,14 +114,15 @@ def open_adapter(directory: Path) -> AdapterFile:
             param="lora_path",
         )
     config_path = directory / CONFIG_NAME
-    file, size = _open_regular(config_path, MAX_CONFIG_BYTES)
+    file, size = _open_regular(config_path, MAX_CONFIG_BYTES, root)
     with AdapterFile(b"", config_path, file, size) as config_file:
         config = config_file.read(size)
-    file, size = _open_regular(weights_path, MAX_WEIGHTS_BYTES)
+    file, size = _open_regular(weights_path, MAX_WEIGHTS_BYTES, root)
     return AdapterFile(config, weights_path, file, size)
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, otherwise: str) -> Path:
+    """`otherwise`: what the id is if the hub has it not."""
     # Imported here: it takes a third of a second, and most servers never need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -124,20 +132,23 @@ def _download(repo_id: str) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise AdapterRejectedError(
-            f"{repo_id} is neither a directory ({Path(repo_id).absolute()}) nor an adapter that could be fetched from the "
-            f"hub: {reason}",
-            param="lora_path",
+            f"{repo_id} is {otherwise} that could be fetched from the hub: {reason}", param="lora_path"
         ) from error
 
 
-def _open_regular(path: Path, limit: int) -> tuple[FileIO, int]:
-    """A regular file of at most `limit` bytes, and its size."""
+def _open_regular(path: Path, limit: int, root: str) -> tuple[FileIO, int]:
+    """A regular file of at most `limit` bytes, and its size. With a root, one that lies below it."""
     try:
         file = open(path, "rb", buffering=0, opener=_open_nonblocking)  # noqa: SIM115  the caller closes it
     except FileNotFoundError as error:
         raise AdapterRejectedError(f"there is no {path.absolute()}", param="lora_path") from error
     except OSError as error:
         raise _unreadable(path, error) from error
+    try:  # of the file that is open now, whatever has become of the links that led to it
+        check_below(os.readlink(f"/proc/self/fd/{file.fileno()}"), root)
+    except BaseException:
+        file.close()
+        raise
     status = os.fstat(file.fileno())
     if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
         return file, status.st_size

@@ -27,6 +27,7 @@ from manylora.lora.adapter_file import AdapterFile, open_adapter, resolve_adapte
 from manylora.lora.adapter_image import write_image
 from manylora.lora.adapter_weights import bind_adapter, check_limits
 from manylora.lora.page_layout import pool_geometry
+from manylora.runtime.adapter_access import AdapterAccess
 from manylora.runtime.child import ChildContext, run_child
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import AdapterChangedError, ManyloraError
@@ -52,6 +53,7 @@ class Loader:
 
     def __init__(self, config: ServerConfig) -> None:
         self._args = config.lora
+        self._access = AdapterAccess(config)
         self._model = load_model_config(config.model.model_dir)
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._geometry = pool_geometry(
@@ -79,7 +81,8 @@ class Loader:
 
     def _load(self, job: LoadJob, path: Path) -> AdapterImage:
         started = time.monotonic()
-        with open_adapter(resolve_adapter(job.lora_path)) as file:
+        permit = self._access.permit(job.lora_path)
+        with open_adapter(resolve_adapter(permit), permit.root) as file:
             try:
                 image = self._lay_out(job, file, path)
             except ManyloraError:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Literal
 
 import msgspec
@@ -78,6 +79,30 @@ class HttpArgs(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 30000
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect. A name may mean anything, unless it is localhost."""
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:
+            return self.host.lower() == "localhost"
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return (mapped or address).is_loopback
+
+
+class AccessArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may do what over HTTP. Of the keys only where they are written: processes and logs see this."""
+
+    api_key_file: str | None = None
+    admin_key_file: str | None = None
+    insecure: bool = False  # listen on a public address without an API key
+    adapter_root: tuple[str, ...] = ()  # directories below which adapters may be loaded
+    allow_hub: bool = False  # adapters may be loaded from the hub
+
+    @property
+    def asks_for_keys(self) -> bool:
+        return self.api_key_file is not None or self.admin_key_file is not None
+
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelArgs
@@ -86,6 +111,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     schedule: ScheduleArgs = ScheduleArgs()
     parallel: ParallelArgs = ParallelArgs()
     http: HttpArgs = HttpArgs()
+    access: AccessArgs = AccessArgs()
     log_level: str = "info"
     run_dir: str = ""  # 0700, sockets; made by the supervisor
     shm_dir: str = ""  # 0700 below /dev/shm, adapter images; made by the supervisor

@@ -19,7 +19,15 @@ import uvloop
 import zmq
 
 from manylora.runtime.api_types import GenerateBody, LoadAdapterBody, UnloadAdapterBody, convert_body
-from manylora.runtime.errors import BadRequestError, ErrorInfo, ManyloraError, ShuttingDownError, error_from
+from manylora.runtime.config import AccessArgs
+from manylora.runtime.errors import (
+    BadRequestError,
+    ConfigError,
+    ErrorInfo,
+    ManyloraError,
+    ShuttingDownError,
+    error_from,
+)
 from manylora.runtime.flags import config_from_kwargs
 from manylora.runtime.ipc import Pipe, pipe_address
 from manylora.runtime.launch import launch
@@ -47,6 +55,10 @@ class Engine:
         Raises ConfigError, or what made the start fail.
         """
         self._config = config_from_kwargs(model_path=model_path, **flags)
+        if self._config.access != AccessArgs():
+            raise ConfigError(
+                "Engine serves no HTTP: flags about keys, --adapter-root and --allow-hub mean nothing to it"
+            )
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="manylora-front", daemon=True)
         self._thread.start()

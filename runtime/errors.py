@@ -80,6 +80,27 @@ class BadRequestError(ManyloraError, ValueError):
     status = 400
 
 
+class UnauthorizedError(ManyloraError):
+    """The server was given keys, and the request has none or one that is not known."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class ForbiddenError(ManyloraError):
+    """The request's key is known but does not open this route: an API key where an admin key is asked for."""
+
+    code = "forbidden"
+    status = 403
+
+
+class AdapterPathForbiddenError(ManyloraError):
+    """`--adapter-root` and `--allow-hub` do not allow to load from there, whether or not there is something."""
+
+    code = "adapter_path_forbidden"
+    status = 403
+
+
 class ContextLengthError(BadRequestError):
     """Prompt and new tokens exceed the context, or can never fit the page pool. Never cut silently."""
 

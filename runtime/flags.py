@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 import msgspec
 
 from manylora.runtime.config import (
+    AccessArgs,
     CacheArgs,
     HttpArgs,
     LoRAArgs,
@@ -33,6 +34,7 @@ _SECTIONS: dict[str, type[msgspec.Struct]] = {
     "schedule": ScheduleArgs,
     "parallel": ParallelArgs,
     "http": HttpArgs,
+    "access": AccessArgs,
     "": ServerConfig,
 }
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -77,6 +79,13 @@ FLAGS = (
     Flag("tp_size", "parallel", "tensor-parallel workers, one per GPU", low=1, aliases=("--tp",)),
     Flag("host", "http", "address to listen on"),
     Flag("port", "http", "0: any free port", low=0, high=65535),
+    Flag(
+        "api_key_file", "access", "file with a key per line; one of them, or an admin key, opens the server"
+    ),
+    Flag("admin_key_file", "access", "file with a key per line; only these open the admin's routes"),
+    Flag("insecure", "access", "listen on a public address without --api-key-file"),
+    Flag("adapter_root", "access", "directory below which adapters may be loaded over HTTP; repeatable"),
+    Flag("allow_hub", "access", "adapters may be loaded from the hub over HTTP"),
     Flag("enable_lora", "lora", "serve adapters; implied by --lora-paths"),
     Flag(
         "lora_paths",
@@ -127,6 +136,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         options: dict[str, Any] = {"dest": flag.name, "help": _help(flag)}
         if flag.target.type is bool:
             options["action"] = "store_true"
+        elif flag.name == "adapter_root":
+            options |= {"action": "append", "metavar": "DIRECTORY"}
         elif flag.name in ("lora_paths", "lora_target_modules"):
             options |= {"nargs": "*", "metavar": flag.name.upper().removesuffix("S")}
         else:
@@ -137,7 +148,20 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 def parse_flags(argv: Sequence[str], prog: str = "manylora serve") -> ServerConfig:
     """The config a command line asks for. Raises ConfigError with one line that names the flag."""
-    return _make_config(vars(make_parser(prog).parse_args(argv)), strict=False)
+    config = _make_config(vars(make_parser(prog).parse_args(argv)), strict=False)
+    check_exposure(config)
+    return config
+
+
+def check_exposure(config: ServerConfig) -> None:
+    """Raise ConfigError if others than this machine could use the server without a key and nobody has said so."""
+    access, host = config.access, config.http.host
+    if not (config.http.is_loopback or access.api_key_file is not None or access.insecure):
+        raise ConfigError(
+            f"--host {host or repr(host)} may be reached from other machines: give --api-key-file, or --insecure to "
+            "serve without keys",
+            param="host",
+        )
 
 
 def config_from_kwargs(**flags: Any) -> ServerConfig:
@@ -170,6 +194,7 @@ def _make_config(given: dict[str, Any], *, strict: bool) -> ServerConfig:
         schedule=ScheduleArgs(**parts["schedule"]),
         parallel=ParallelArgs(**parts["parallel"]),
         http=HttpArgs(**parts["http"]),
+        access=AccessArgs(**parts["access"]),
         **parts[""],
     )
     _check(config)
@@ -182,6 +207,8 @@ def _convert(flag: Flag, value: Any, strict: bool) -> Any:
         return parse_lora_paths(value)
     if flag.name == "lora_target_modules":
         return parse_target_modules(value)
+    if flag.name == "adapter_root" and isinstance(value, str):
+        value = [value]
     if flag.name == "dtype":
         value = _DTYPE_ALIASES.get(value, value)
     choices = _choices(flag)

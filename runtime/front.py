@@ -17,6 +17,7 @@ from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import ManyloraError, ShuttingDownError, error_from
 from manylora.runtime.http.common import HttpState
 from manylora.runtime.http.server import serving
+from manylora.runtime.keys import Keys, read_keys
 from manylora.runtime.messages import EngineFailed, FrontToScheduler, SchedulerToFront
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt
@@ -29,10 +30,13 @@ WARM_UP_TOKENS = 8
 
 
 def main(config: ServerConfig, context: ChildContext) -> None:
-    """Serve until the supervisor says otherwise. Raises what made the start or the pipe to the scheduler fail."""
+    """Serve until the supervisor says otherwise. Raises what made the start or the pipe to the scheduler fail, or
+    ConfigError if the keys cannot be read.
+    """
+    keys = read_keys(config.access)
     listener = socket.socket(fileno=int(context.args[0]))
     listener.setblocking(False)
-    uvloop.run(_serve(config, context, listener))
+    uvloop.run(_serve(config, context, listener, keys))
 
 
 class _Orders:
@@ -65,11 +69,11 @@ class _Orders:
                 self._manager.fail(ShuttingDownError("The server is shutting down."))
 
 
-async def _serve(config: ServerConfig, context: ChildContext, listener: socket.socket) -> None:
+async def _serve(config: ServerConfig, context: ChildContext, listener: socket.socket, keys: Keys) -> None:
     pipe = context.connect("front", sends=FrontToScheduler, receives=SchedulerToFront)
     manager = TokenizerManager(pipe)
     orders = _Orders(context, manager)
-    state = HttpState(config, manager)
+    state = HttpState(config, manager, keys)
     try:
         async with serving(state, listener):
             await manager.start()

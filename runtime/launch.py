@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 import msgspec
 
-from manylora.runtime.config import ServerConfig
+from manylora.runtime.config import HttpArgs, ServerConfig
 from manylora.runtime.errors import ConfigError, ErrorInfo, WorkerCrashedError, error_from
 from manylora.runtime.log import setup_logging
 from manylora.runtime.supervisor import MODULES, Supervisor
@@ -30,6 +30,11 @@ def serve(config: ServerConfig) -> int:
         listener = bind(config.http.host, config.http.port)
     except ConfigError as error:
         return _fail(error.info())
+    if config.http.is_loopback and not HttpArgs(host=listener.getsockname()[0]).is_loopback:
+        listener.close()
+        return _fail(
+            ConfigError(f"--host {config.http.host} is no loopback address here", param="host").info()
+        )
     http = msgspec.structs.replace(config.http, port=listener.getsockname()[1])
     supervisor = Supervisor(msgspec.structs.replace(config, http=http), listener)
     _stop_on_signals(supervisor)

@@ -184,7 +184,12 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class AdapterState(msgspec.Struct, frozen=True):
-    """One registered adapter. `tier`: "disk", "host" or "resident"; bytes of one rank."""
+    """One registered adapter. `tier`: "disk", "host" or "resident"; bytes of one rank.
+
+    Counts are of the name, and go on when it is replaced: loads: copies into GPU pages; evictions: of those pages; hits:
+    requests that found it resident when they were admitted; queue_s: what its admitted requests waited, together; tokens:
+    generated.
+    """
 
     lora_name: str
     lora_path: str
@@ -195,6 +200,20 @@ class AdapterState(msgspec.Struct, frozen=True):
     max_rank: int
     num_pages: int
     leases: int
+    revision: str = ""  # of the hub, where it came from one
+    modules: tuple[str, ...] = ()
+    num_bytes: int = 0  # of its weights as stored in pages, all ranks
+    running: int = 0
+    waiting: int = 0
+    loads: int = 0
+    evictions: int = 0
+    hits: int = 0
+    requests: int = 0  # admitted
+    tokens: int = 0
+    queue_s: float = 0.0
+    loaded_at: float = 0.0  # seconds since 1970
+    last_use: float = 0.0  # the same; 0: never
+    ttl_s: float | None = None  # unloaded when idle for so long
 
 
 class State(msgspec.Struct, frozen=True, tag=True):

@@ -31,6 +31,7 @@ def prepare(config: ServerConfig) -> ServerConfig:
     Raises ConfigError or one of its subclasses.
     """
     args = config.model
+    check_roots(config.access.adapter_root)
     weights = [] if args.load_format == "dummy" else _WEIGHT_FILES
     model_dir = resolve_model(args.model_path, _TOKENIZER_FILES + weights, flag="model_path")
     tokenizer_dir = model_dir
@@ -75,6 +76,13 @@ def resolve_model(path: str, patterns: list[str], *, flag: str) -> str:
         raise ModelNotFoundError(
             f"{option} {path} is neither a directory nor a model that could be fetched: {reason}", param=flag
         ) from error
+
+
+def check_roots(roots: tuple[str, ...]) -> None:
+    """ConfigError unless every --adapter-root is a directory: a wrong one would only be noticed by its refusals."""
+    for root in roots:
+        if not Path(root).is_dir() or not root:
+            raise ConfigError(f"--adapter-root {root or repr(root)} is not a directory", param="adapter_root")
 
 
 def resolve_device(asked: Device, tp_size: int, num_gpus: int) -> Device:

@@ -40,6 +40,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     n: int = 1
     seed: int | None = None
     sampling_seed: int | None = None  # the seeds' newer name for `seed`
+    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    # At most one of them: what the text must match. A JSON schema is given as JSON text.
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

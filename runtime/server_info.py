@@ -10,15 +10,21 @@ from manylora import __version__
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.messages import ServerInfo, State
 
-_SECTIONS = ("model", "lora", "cache", "schedule", "parallel", "http")
+_SECTIONS = ("model", "lora", "cache", "schedule", "parallel", "http", "access")
+_KEY_FILES = ("api_key_file", "admin_key_file")
 _OF_THE_RESOLVED = ("model_dir", "dtype", "device", "context_length", "max_total_tokens")
 
 
 def describe_server(config: ServerConfig, info: ServerInfo, state: State) -> dict[str, Any]:
-    """Every setting by its own name, the sizes as they came out, and the scheduler's ledger as `internal_states`."""
+    """Every setting by its own name, the sizes as they came out, and the scheduler's ledger as `internal_states`.
+
+    Of the files with keys only whether they were given.
+    """
     settings: dict[str, Any] = {}
     for section in _SECTIONS:
         settings |= msgspec.to_builtins(getattr(config, section))
+    for name in _KEY_FILES:
+        settings[name] = settings[name] is not None
     sizes = msgspec.to_builtins(info)
     ledger = msgspec.to_builtins(state)
     del sizes["type"], ledger["type"], ledger["call"]

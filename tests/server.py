@@ -36,10 +36,14 @@ class Reply:
 
 
 class Server:
-    """`python -m manylora.launch_server …` as the leader of a session of its own. Use `running_server` to get one."""
+    """`python -m manylora.launch_server …` as the leader of a session of its own. Use `running_server` to get one.
 
-    def __init__(self, args: Sequence[str], log_path: Path) -> None:
+    key: sent with every request; may be changed between them.
+    """
+
+    def __init__(self, args: Sequence[str], log_path: Path, key: str | None = None) -> None:
         self.port = free_port()
+        self.key = key
         self.log_path = log_path
         self._shm_dirs: set[Path] = set()
         self.run_dir_base = Path(tempfile.mkdtemp(prefix="mlt-", dir="/tmp"))  # short: it will hold sockets
@@ -146,8 +150,11 @@ class Server:
         """The response before its body was read; leaving the block closes the connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if data else {}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
         try:
-            connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+            connection.request(method, path, data, headers)
             response = connection.getresponse()
             with response:
                 yield response
@@ -198,11 +205,13 @@ class Server:
 
 
 @contextmanager
-def running_server(model_dir: Path | str, *args: Any, log_dir: Path, device: str = "cpu") -> Iterator[Server]:
-    """A ready server, stopped at the end: it must then exit with 0 and leave nothing."""
+def running_server(
+    model_dir: Path | str, *args: Any, log_dir: Path, device: str = "cpu", key: str | None = None
+) -> Iterator[Server]:
+    """A ready server, stopped at the end: it must then exit with 0 and leave nothing. `key`: one it knows."""
     flags = CUDA_FLAGS if device == "cuda" else ()
     command = ["--model-path", str(model_dir), "--device", device, *flags, *(str(arg) for arg in args)]
-    server = Server(command, log_dir / f"server-{time.monotonic_ns()}.log")
+    server = Server(command, log_dir / f"server-{time.monotonic_ns()}.log", key)
     try:
         server.wait_ready()
         yield server

@@ -28,7 +28,8 @@ UNSAFE_KEYWORDS = {"trust_remote_code", "shell"}
 
 FLAG_NAMES = """
 --model-path --model --tokenizer-path --served-model-name --load-format --dtype --device --context-length
---random-seed --tp-size --tp --host --port --enable-lora --lora-paths --max-loras-per-batch --max-loaded-loras
+--random-seed --tp-size --tp --host --port --api-key-file --admin-key-file --insecure
+--adapter-root --allow-hub --enable-lora --lora-paths --max-loras-per-batch --max-loaded-loras
 --lora-backend --max-lora-rank --lora-target-modules --lora-sharding --page-size --mem-fraction-static
 --max-total-tokens --disable-radix-cache --host-fraction --max-running-requests --max-queued-requests
 --chunked-prefill-size --disable-overlap-schedule --cuda-graph-max-bs --log-level

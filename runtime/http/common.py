@@ -15,6 +15,7 @@ from aiohttp.typedefs import Handler
 from manylora.runtime.api_types import decode_body
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import BadRequestError, ErrorInfo, ManyloraError, NotReadyError
+from manylora.runtime.keys import Keys
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 
 logger = logging.getLogger("manylora.http")
@@ -32,6 +33,7 @@ class HttpState:
 
     config: ServerConfig
     manager: TokenizerManager
+    keys: Keys = field(default_factory=Keys)
     ready: bool = False
     started_at: int = field(default_factory=lambda: int(time.time()))
 
@@ -77,7 +79,6 @@ def error_body(error: ErrorInfo) -> dict[str, Any]:
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Whatever a route raises becomes an error body; what nobody foresaw is logged and says nothing of the inside."""
     try:
-        _check_ready(request.app[STATE])
         return await handler(request)
     except ManyloraError as error:
         return error_response(error.info())
@@ -98,11 +99,17 @@ def error_response(error: ErrorInfo, headers: dict[str, str] | None = None) -> w
     response.headers.update(headers or {})
     if error.status == 503:
         response.headers["Retry-After"] = "1"
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 
-def _check_ready(state: HttpState) -> None:
+@web.middleware
+async def check_ready(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """503 before the server serves, and its failure's error after it did."""
+    state = request.app[STATE]
     if state.manager.failure is not None:
         raise state.manager.failure
     if not state.ready:
         raise NotReadyError("The server is still starting.")
+    return await handler(request)

@@ -8,11 +8,14 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from manylora.runtime.http import adapter_routes, generate_routes, server_routes
-from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors
+from manylora.runtime.http.access import LEVELS, require_key
+from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors, check_ready
 
 logger = logging.getLogger("manylora.access")
+protocol_logger = logging.getLogger("manylora.protocol")
 
 ROUTES = (*generate_routes.ROUTES, *adapter_routes.ROUTES, *server_routes.ROUTES)
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
@@ -22,11 +25,28 @@ SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
 
 def make_app(state: HttpState) -> web.Application:
     """All routes over `state`; until it is ready every one of them answers 503."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])
+    app = web.Application(
+        client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors, require_key, check_ready]
+    )
     app[STATE] = state
-    for route in ROUTES:
-        app.router.add_route(route.method, route.path, route.handler)
+    app[LEVELS] = {
+        app.router.add_route(route.method, route.path, route.handler): route.access for route in ROUTES
+    }
     return app
+
+
+class _WithoutContent(logging.Filter):
+    """The error of a request that is no HTTP quotes the line at fault, which may be the one with the key."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}", ()
+            record.exc_info = None
+        return True
+
+
+protocol_logger.addFilter(_WithoutContent())
 
 
 @asynccontextmanager
@@ -34,6 +54,7 @@ async def serving(state: HttpState, listener: socket.socket) -> AsyncGenerator[N
     """Serve on a bound socket inside the block. At its end answers on their way get a short while, then connections close."""
     runner = web.AppRunner(
         make_app(state),
+        logger=protocol_logger,
         access_log=logger,
         access_log_format='%a - "%r" %s',
         auto_decompress=False,

@@ -20,7 +20,8 @@ from manylora.lora.safetensors_header import (
     TensorEntry,
     read_header,
 )
-from manylora.runtime.errors import AdapterRejectedError
+from manylora.runtime.adapter_access import Permit
+from manylora.runtime.errors import AdapterPathForbiddenError, AdapterRejectedError
 from tests.lora.adapters import write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +42,7 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
 
 
 def test_a_directory_is_itself(adapter: Path) -> None:
-    assert resolve_adapter(str(adapter)) == adapter
+    assert resolve_adapter(Permit(str(adapter))) == adapter
 
 
 @pytest.mark.parametrize("lora_path", ["/nowhere/at/all", "./nowhere", "a/b/c", "http://host/x"])
@@ -50,25 +51,37 @@ def test_a_path_that_is_no_hub_id_is_not_looked_up(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AdapterRejectedError, match="no adapter directory /"):
-        resolve_adapter(lora_path)
+        resolve_adapter(Permit(lora_path))
 
 
 @pytest.mark.parametrize("lora_path", ["~nobody-of-that-name/adapter", "/" + "long" * 1000])
 def test_a_path_that_cannot_be_looked_up(lora_path: str) -> None:
     with pytest.raises(AdapterRejectedError, match="cannot be looked up"):
-        resolve_adapter(lora_path)
+        resolve_adapter(Permit(lora_path))
 
 
 def test_an_unknown_hub_id_says_where_was_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(AdapterRejectedError, match=r"someone/some-adapter is neither a directory \(/.*hub"):
-        resolve_adapter("someone/some-adapter")
+        resolve_adapter(Permit("someone/some-adapter"))
+
+
+def test_a_hub_id_is_one_even_where_a_directory_is_called_so(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(adapter.parent)
+    assert resolve_adapter(Permit("adapter")) == Path("adapter")
+    with pytest.raises(
+        AdapterRejectedError, match="adapter is not an adapter that could be fetched from the hub"
+    ):
+        resolve_adapter(Permit("adapter", hub_only=True))
 
 
 def test_a_file_is_not_a_directory(adapter: Path) -> None:
     with pytest.raises(AdapterRejectedError, match="give the directory"):
-        resolve_adapter(str(adapter / "adapter_config.json"))
+        resolve_adapter(Permit(str(adapter / "adapter_config.json")))
 
 
 def digest(directory: Path) -> str:
@@ -140,6 +153,40 @@ def test_only_regular_files_are_read(adapter: Path, make: Callable[[Path], None]
     make(adapter / "adapter_model.safetensors")
     with pytest.raises(AdapterRejectedError, match=r"is not a regular file|: Is a directory"):
         open_adapter(adapter)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_file_that_lies_outside_of_the_root_is_not_read(adapter: Path, tmp_path: Path, name: str) -> None:
+    """Whether there is one or not; a link that stays inside is followed."""
+    file, outside = adapter / name, tmp_path / "outside"
+    with open_adapter(adapter, str(adapter)) as opened:
+        assert opened.size
+    file.rename(outside)
+    file.symlink_to(outside)
+    with open_adapter(adapter, str(tmp_path)) as opened:
+        assert opened.size
+    for _ in range(2):
+        with pytest.raises(AdapterPathForbiddenError, match="leads out of --adapter-root"):
+            open_adapter(adapter, str(adapter))
+        outside.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_link_put_in_after_the_check_leads_nowhere(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).write_bytes((adapter / name).read_bytes())
+    really_open = os.open
+
+    def swap_and_open(path: str, flags: int) -> int:
+        if os.path.basename(path) == name:
+            os.unlink(path)
+            os.symlink(tmp_path / name, path)
+        return really_open(path, flags)
+
+    monkeypatch.setattr("manylora.lora.adapter_file._open_nonblocking", swap_and_open)
+    with pytest.raises(AdapterPathForbiddenError, match="leads out of --adapter-root"):
+        open_adapter(adapter, str(adapter))
 
 
 def test_a_long_config_is_not_read(adapter: Path) -> None:

@@ -15,6 +15,7 @@ import aiohttp
 from manylora.runtime.config import ModelArgs, ServerConfig
 from manylora.runtime.http.common import HttpState
 from manylora.runtime.http.server import serving
+from manylora.runtime.keys import Keys
 from manylora.runtime.launch import bind
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 from tests.tokenizer_manager.fake_scheduler import FakeScheduler, fake_pair
@@ -65,14 +66,16 @@ class HttpFront:
 
 
 @asynccontextmanager
-async def served(tokenizer_dir: Path, *, started: bool = True) -> AsyncIterator[HttpFront]:
-    """With `started` false the scheduler has not said anything yet."""
+async def served(
+    tokenizer_dir: Path, *, started: bool = True, keys: Keys | None = None
+) -> AsyncIterator[HttpFront]:
+    """With `started` false the scheduler has not said anything yet. `keys`: those the server was given."""
     listener = bind("127.0.0.1", 0)
     listener.setblocking(False)
     config = ServerConfig(model=ModelArgs(model_path="org/base", served_model_name="base"))
     async with fake_pair() as (scheduler, pipe):
         manager = TokenizerManager(pipe)
-        state = HttpState(config, manager)
+        state = HttpState(config, manager, keys or Keys())
         try:
             if started:
                 await scheduler.announce(tokenizer_dir)

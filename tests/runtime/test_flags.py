@@ -5,7 +5,7 @@ import argparse
 import msgspec
 import pytest
 
-from manylora.runtime.config import LoRAPath, ServerConfig
+from manylora.runtime.config import HttpArgs, LoRAPath, ServerConfig
 from manylora.runtime.errors import ConfigError
 from manylora.runtime.flags import FLAGS, config_from_kwargs, make_parser, parse_flags
 
@@ -155,6 +155,53 @@ def test_what_cannot_be_is_refused_in_one_line(line: str, message: str) -> None:
     assert caught.value.message == message
 
 
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.10", True),
+        ("localhost", True),
+        ("LocalHost", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("::ffff:0.0.0.0", False),
+        ("::ffff:10.0.0.1", False),
+        ("10.0.0.1", False),
+        ("fe80::1%eth0", False),
+        ("", False),
+        ("0", False),
+        ("127.1", False),  # means loopback, but why write it so
+        ("127.0.0.1.example.org", False),
+        ("localhost.example.org", False),
+        ("my-machine", False),
+    ],
+)
+def test_a_public_address_needs_an_api_key(host: str, loopback: bool) -> None:
+    """Whatever is not surely loopback is public. A key for the admin alone leaves the rest open."""
+    given = [*MODEL, f"--host={host}"]
+    assert HttpArgs(host=host).is_loopback is loopback
+    for more in ([], ["--admin-key-file=keys"]):
+        if loopback:
+            parse_flags([*given, *more])
+        else:
+            with pytest.raises(ConfigError) as caught:
+                parse_flags([*given, *more])
+            assert caught.value.message == (
+                f"--host {host or repr('')} may be reached from other machines: give --api-key-file, or --insecure to "
+                "serve without keys"
+            )
+    for more in ("--api-key-file=keys", "--insecure"):
+        assert parse_flags([*given, more]).http.host == host
+
+
+def test_roots_add_up() -> None:
+    access = parse_flags([*MODEL, "--adapter-root", "a", "--allow-hub", "--adapter-root=b"]).access
+    assert (access.adapter_root, access.allow_hub, access.asks_for_keys) == (("a", "b"), True, False)
+    assert config_from_kwargs(model_path="m", adapter_root="a").access.adapter_root == ("a",)
+
+
 def test_json_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="is not valid JSON") as caught:
         parse_flags([*MODEL, "--lora-paths", "{lora_name:a}"])
@@ -206,6 +253,7 @@ def test_every_field_a_user_may_set_has_one_flag() -> None:
             "schedule",
             "parallel",
             "http",
+            "access",
             "run_dir",
             "shm_dir",
             "supervisor_pid",
@@ -213,7 +261,7 @@ def test_every_field_a_user_may_set_has_one_flag() -> None:
         },
     }
     config = parse_flags(MODEL)
-    for section in ("model", "lora", "cache", "schedule", "parallel", "http", ""):
+    for section in ("model", "lora", "cache", "schedule", "parallel", "http", "access", ""):
         struct = getattr(config, section) if section else config
         fields = {field.name for field in msgspec.structs.fields(struct)}
         flagged = {name for part, name in targets if part == section}

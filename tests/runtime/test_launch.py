@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from manylora.runtime.config import ModelArgs, ServerConfig
+from manylora.runtime.config import HttpArgs, ModelArgs, ServerConfig
 from manylora.runtime.errors import ConfigError, ErrorInfo
-from manylora.runtime.launch import bind, launch
+from manylora.runtime.launch import bind, launch, serve
 from tests.runtime.fakes import REPOSITORY
 from tests.runtime.test_prepare import LLAMA
 
@@ -79,6 +79,17 @@ def test_a_host_that_is_not_ours() -> None:
         bind("192.0.2.1", 0)
     with pytest.raises(ConfigError, match="--host no host cannot be resolved"):
         bind("no host", 0)
+
+
+def test_a_localhost_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody's name resolution says so: then it is not open to all for the sake of its name."""
+    monkeypatch.setattr("manylora.runtime.launch.bind", lambda _host, port: bind("0.0.0.0", port))
+    monkeypatch.setattr("manylora.runtime.launch.setup_logging", lambda *_: None)
+    http = HttpArgs(host="localhost", port=0)
+    assert serve(ServerConfig(model=ModelArgs(model_path="m"), http=http)) == 1
+    assert capsys.readouterr().err == "manylora: error: --host localhost is no loopback address here\n"
 
 
 def test_a_bug_of_the_supervisor_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

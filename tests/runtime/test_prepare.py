@@ -10,7 +10,7 @@ from manylora.runtime.config import Device, Dtype, ServerConfig
 from manylora.runtime.errors import ConfigError, ModelNotFoundError, ModelUnsupportedError
 from manylora.runtime.flags import config_from_kwargs
 from manylora.runtime.model_config import parse_model_config
-from manylora.runtime.prepare import prepare, resolve_device, resolve_dtype, resolve_model
+from manylora.runtime.prepare import check_roots, prepare, resolve_device, resolve_dtype, resolve_model
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -143,3 +143,12 @@ def test_gpus_that_are_not_there(device: Device, tp_size: int, num_gpus: int, me
 )
 def test_the_dtype(dtype: Dtype, device: Device, resolved: Dtype) -> None:
     assert resolve_dtype(dtype, parse_model_config(LLAMA), device) == resolved
+
+
+@pytest.mark.parametrize("root", ["", "nowhere", "file"])
+def test_a_root_that_is_no_directory(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    check_roots((str(tmp_path), "."))
+    with pytest.raises(ConfigError, match=f"--adapter-root {root or repr('')} is not a directory"):
+        check_roots((".", root))
