@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from manylora.runtime.messages import NO_VERSION, AdapterState, State
+from manylora.runtime.messages import NO_VERSION, State
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
@@ -43,12 +43,7 @@ class Ledger:
             live_versions=len(adapters.versions),
             steps=self._clock.completed,
             preemptions=roster.preemptions,
-            adapters=[
-                AdapterState(
-                    name, v.path, v.id, v.digest, v.pinned, v.tier, v.max_rank, v.num_pages, v.leases
-                )
-                for name, v in adapters.names.items()
-            ],
+            adapters=adapters.teller.states(),
         )
 
     def check(self) -> None:

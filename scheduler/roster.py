@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.sequence import Phase, Sequence
@@ -37,9 +37,6 @@ class WaitQueue:
     def has(self, version_id: int) -> bool:
         return version_id in self._lists
 
-    def of(self, version_id: int) -> list[Sequence]:
-        return list(self._lists.get(version_id, ()))
-
     def walk(self, closed: set[int]) -> Iterator[Sequence]:
         """All in order of arrival, but no more of a version once the caller has put it into `closed`.
 
@@ -65,7 +62,13 @@ class Roster:
     `changed` says that something happened that may let a waiting sequence in.
     """
 
-    def __init__(self, num_slots: int, memory: SequenceMemory, adapters: AdapterTable) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        memory: SequenceMemory,
+        adapters: AdapterTable,
+        clock: Callable[[], float],
+    ) -> None:
         self.live: dict[int, Sequence] = {}  # by handle
         self.waiting = WaitQueue()
         self.running: list[Sequence] = []  # in order of arrival
@@ -76,11 +79,13 @@ class Roster:
         self.free_slots = list(range(num_slots - 1, -1, -1))
         self._memory = memory
         self._adapters = adapters
+        self._clock = clock
 
     def add(self, sequence: Sequence, version: Version | None) -> None:
         """Accept a sequence."""
         if version is not None:
             sequence.version, sequence.version_id = version, version.id
+            sequence.queued_at = self._clock()
             self._adapters.lease(version)
         assert sequence.handle not in self.live
         self.live[sequence.handle] = sequence
@@ -91,6 +96,9 @@ class Roster:
         """From waiting to running; its version has been claimed (`claim`)."""
         self.waiting.remove(sequence)
         sequence.phase = Phase.RUNNING
+        if sequence.version is not None and not sequence.entered:
+            sequence.version.record.queue_s += self._clock() - sequence.queued_at
+        sequence.entered = True
         sequence.slot = self.free_slots.pop()
         self.running.insert(bisect_left(self.running, sequence.arrival, key=_arrival), sequence)
 
@@ -128,6 +136,7 @@ class Roster:
             if not group.members and group.private_namespace is not None:
                 self._memory.drop_namespace(group.private_namespace)
         if sequence.version is not None:
+            sequence.version.record.ended_tokens += sequence.num_generated
             self._adapters.release(sequence.version)
         self.changed = True
 

@@ -30,6 +30,7 @@ from manylora.scheduler.scheduler import PoolLimits, Scheduler
 from tests.scheduler.fake_front import EOS, Call, Expected, FakeFront
 from tests.scheduler.fake_worker import VOCAB, FakeWorker
 
+EPOCH = 1_700_000_000.0  # what the world's clock shows when `World.now` is 0
 FAILURE = WorkerCrashedError("a rank failed").info()
 
 
@@ -77,6 +78,7 @@ class World:
     enable_lora: bool = True
     context: int | None = None
     files: dict[str, Adapter] = field(default_factory=dict)
+    now: float = 0.0  # of both clocks
 
     def __post_init__(self) -> None:
         config = ServerConfig(
@@ -104,7 +106,15 @@ class World:
             model, tp_size=self.tp_size, sharding="slora", page_size=self.page_size, itemsize=4
         )
         limits = PoolLimits(self.num_pages, self.num_host_pages, self.num_slices)
-        self.scheduler = Scheduler(config, model, geometry, limits, clock=lambda: 0.0, seed=1)
+        self.scheduler = Scheduler(
+            config,
+            model,
+            geometry,
+            limits,
+            clock=lambda: self.now,
+            world_clock=lambda: EPOCH + self.now,
+            seed=1,
+        )
         self.worker = FakeWorker(
             num_pages=self.num_pages,
             page_size=self.page_size,
@@ -281,6 +291,11 @@ class World:
         """Until all is done; the tokens generated."""
         self.settle()
         return [s.tokens[len(s.tokens) - s.generated :] for s in sequences]
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.scheduler.on_time()
+        self._deliver()
 
     # ---- what the scheduler says --------------------------------------------------------------------------------
 
