@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
@@ -59,7 +60,7 @@ class WaitQueue:
 class Roster:
     """The one place where a lease is taken (`add`) and released (`end`).
 
-    `changed` says that something happened that may let a waiting sequence in.
+    `changed` says that something happened that may let a waiting sequence in. `clock`: seconds, of what it notes of times.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Roster:
         num_slots: int,
         memory: SequenceMemory,
         adapters: AdapterTable,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.live: dict[int, Sequence] = {}  # by handle
         self.waiting = WaitQueue()
@@ -85,9 +86,9 @@ class Roster:
         """Accept a sequence."""
         if version is not None:
             sequence.version, sequence.version_id = version, version.id
-            sequence.queued_at = self._clock()
             self._adapters.lease(version)
         assert sequence.handle not in self.live
+        sequence.arrived_at = self._clock()
         self.live[sequence.handle] = sequence
         self.waiting.push(sequence)
         self.changed = True
@@ -96,9 +97,10 @@ class Roster:
         """From waiting to running; its version has been claimed (`claim`)."""
         self.waiting.remove(sequence)
         sequence.phase = Phase.RUNNING
-        if sequence.version is not None and not sequence.entered:
-            sequence.version.record.queue_s += self._clock() - sequence.queued_at
-        sequence.entered = True
+        if sequence.queue_s < 0:
+            sequence.queue_s = self._clock() - sequence.arrived_at
+            if sequence.version is not None:
+                sequence.version.record.queue_s += sequence.queue_s
         sequence.slot = self.free_slots.pop()
         self.running.insert(bisect_left(self.running, sequence.arrival, key=_arrival), sequence)
 

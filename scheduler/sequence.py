@@ -32,9 +32,9 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "arrived_at",
         "cached_tokens",
         "capacity",
-        "entered",
         "generation",
         "group",
         "handle",
@@ -51,7 +51,7 @@ class Sequence:
         "phase",
         "prefill_end",
         "prompt_len",
-        "queued_at",
+        "queue_s",
         "sample_index",
         "seed",
         "slot",
@@ -93,8 +93,8 @@ class Sequence:
         self.group: Group | None = None
         self.phase = Phase.WAITING
         self.generation = 0  # a token planned under an older one is dropped
-        self.queued_at = 0.0  # by the scheduler's clock, where it has a version
-        self.entered = False  # it has had its first step planned
+        self.arrived_at = 0.0  # on the roster's clock
+        self.queue_s = -1.0  # from its arrival until it was first admitted
         self.started = False
         self.cached_tokens = -1  # found when first admitted
         self.slot = -1

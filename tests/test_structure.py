@@ -35,7 +35,8 @@ FLAG_NAMES = """
 """
 ROUTES = """
 POST /generate, PUT /generate, POST /abort_request, GET /health_generate, POST /load_lora_adapter,
-POST /unload_lora_adapter, GET /health, GET /v1/models, GET /get_model_info, GET /get_server_info, GET /flush_cache,
+POST /unload_lora_adapter, GET /v1/adapters, GET /v1/adapters/{name}, PUT /v1/adapters/{name},
+PATCH /v1/adapters/{name}, DELETE /v1/adapters/{name}, GET /health, GET /v1/models, GET /get_model_info, GET /get_server_info, GET /flush_cache,
 POST /flush_cache
 """
 

@@ -33,3 +33,8 @@ class Route:
     body: Any = None
     answer: Any = None
     streams: bool = False
+
+    @property
+    def pattern(self) -> str:
+        """The path as aiohttp matches it: a name may hold slashes, or whatever else is to be refused as a name."""
+        return self.path.replace("{name}", "{name:(?s:.+)}")

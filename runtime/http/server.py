@@ -9,12 +9,17 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from manylora.runtime.http import adapter_routes, generate_routes, server_routes
+from manylora.runtime.http import adapter_admin_routes, adapter_routes, generate_routes, server_routes
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors
 
 logger = logging.getLogger("manylora.access")
 
-ROUTES = (*generate_routes.ROUTES, *adapter_routes.ROUTES, *server_routes.ROUTES)
+ROUTES = (
+    *generate_routes.ROUTES,
+    *adapter_routes.ROUTES,
+    *adapter_admin_routes.ROUTES,
+    *server_routes.ROUTES,
+)
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
 SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
@@ -25,7 +30,7 @@ def make_app(state: HttpState) -> web.Application:
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])
     app[STATE] = state
     for route in ROUTES:
-        app.router.add_route(route.method, route.path, route.handler)
+        app.router.add_route(route.method, route.pattern, route.handler)
     return app
 
 

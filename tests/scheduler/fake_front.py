@@ -119,6 +119,7 @@ class Call:
     kind: str
     name: str
     reply: Any = None
+    if_version: int | None = None
 
     @property
     def answered(self) -> bool:
@@ -131,6 +132,7 @@ class FakeFront:
         self.calls: dict[int, Call] = {}
         self.loaded: dict[str, str] = {}  # name -> path, as the last reply said
         self.names: dict[str, int] = {}  # name -> version
+        self.records: dict[int, int] = {}  # version -> the first of those that replaced one another up to it
         self.weights: dict[int, str] = {0: BASE}  # version -> what its KV entries remember
 
     def on_message(self, message: Any, digests: dict[int, str]) -> None:
@@ -158,6 +160,9 @@ class FakeFront:
         if call.kind == "load" and reply.error is None:
             version = reply.lora_version
             assert version not in self.weights, "a version was reused"
+            assert call.if_version in (None, reply.replaced), "the wrong version was replaced"
+            assert reply.adapter.version == version
+            self.records[version] = self.records.get(reply.replaced, version)
             self.names[call.name] = version
             self.weights[version] = f"{digests[version]}/{version}"
 
