@@ -204,8 +204,7 @@ class World:
         call = self._call("unload", name)
         self.scheduler.on_front(UnloadAdapter(self.next_call - 1, name, drain_s, if_version))
         self._deliver()
-        if not call.answered or call.reply.error is None:
-            self.names.pop(name, None)
+        self._forget_gone()
         return call
 
     def update(self, name: str, **changes: Any) -> Call:
@@ -332,8 +331,12 @@ class World:
         self.now += seconds
         self.scheduler.on_time()
         self._deliver()
+        self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        """Names that were unloaded, or whose time was over."""
         loaded = {adapter.lora_name for adapter in self.state().adapters}
-        for name in self.names.keys() - loaded:  # its time is over
+        for name in self.names.keys() - loaded:
             del self.names[name]
 
     # ---- what the scheduler says --------------------------------------------------------------------------------
@@ -364,6 +367,7 @@ class World:
         """Every sequence and call has ended; with the cache flushed and all unloaded, all memory is free."""
         for sequence in self.sequences.values():
             assert sequence.ended
+        self.pass_time(0.0)
         for name in list(self.names):
             assert self.unload(name).reply.error is None
         assert self.flush().error is None
