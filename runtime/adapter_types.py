@@ -77,7 +77,7 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None  # of the hub; null: it is from elsewhere
     digest: str
     rank: int
-    modules: tuple[str, ...]
+    modules: list[str]
     bytes: int
     pages: int
     tier: str
@@ -103,7 +103,7 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
             revision=state.revision or None,
             digest=state.digest,
             rank=state.max_rank,
-            modules=state.modules,
+            modules=list(state.modules),
             bytes=state.num_bytes,
             pages=state.num_pages,
             tier=state.tier,

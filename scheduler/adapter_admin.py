@@ -95,7 +95,7 @@ class AdapterAdmin:
     def on_time(self) -> bool:
         """End what an unload no longer waits for, and unload what nobody has used for its time. True if it was time."""
         table, now = self._table, self._times.now()
-        if now < table.unloads.due:
+        if now < table.unloads.due:  # infinite where nothing has a time
             return False
         for record in table.unloads.take_overdue(now):
             self._end_users(record)

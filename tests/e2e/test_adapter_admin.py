@@ -262,7 +262,8 @@ def test_engine_does_the_same(model_dir: Path, adapters: dict[int, str]) -> None
         assert engine.pin_lora_adapter("one")["pinned"]
         assert not engine.update_lora_adapter("one", pinned=False, ttl_s=None)["pinned"]
         assert engine.list_lora_adapters()[0]["ttl_s"] is None
-        for wrong in ({"ttl_s": -1}, {"if_version": "x"}):
+        wrong_settings: list[dict[str, Any]] = [{"ttl_s": -1}, {"if_version": "x"}]
+        for wrong in wrong_settings:
             with pytest.raises(BadRequestError):
                 engine.update_lora_adapter("one", pinned=True, **wrong)
         assert (

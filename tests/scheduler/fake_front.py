@@ -157,10 +157,19 @@ class FakeFront:
 
     def _on_adapter(self, call: Call, reply: AdapterReply, digests: dict[int, str]) -> None:
         self.loaded = reply.loaded
+        if call.kind == "unload" and reply.error is None:
+            assert reply.adapter is not None
+            assert (reply.adapter.running, reply.adapter.waiting, reply.adapter.tier) == (0, 0, "disk")
+            record = self.records[reply.adapter.version]
+            left = [
+                s for s in self.sequences.values() if self.records.get(s.bound_to) == record and not s.ended
+            ]
+            assert not left, "an unload was answered before the ends of its requests"
         if call.kind == "load" and reply.error is None:
             version = reply.lora_version
             assert version not in self.weights, "a version was reused"
             assert call.if_version in (None, reply.replaced), "the wrong version was replaced"
+            assert reply.adapter is not None
             assert reply.adapter.version == version
             self.records[version] = self.records.get(reply.replaced, version)
             self.names[call.name] = version
