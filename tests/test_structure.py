@@ -125,6 +125,6 @@ def test_the_flags_are_these() -> None:
 def test_the_routes_are_these() -> None:
     from manylora.runtime.http.server import ROUTES as served
 
-    assert [f"{route.method} {route.path}" for route in served] == ROUTES.replace("\n", " ").strip().split(
-        ", "
-    )
+    assert [f"{route.method} {route.published_path}" for route in served] == ROUTES.replace(
+        "\n", " "
+    ).strip().split(", ")

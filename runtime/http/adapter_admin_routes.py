@@ -30,7 +30,7 @@ from manylora.runtime.http.route import Access, Route
 from manylora.runtime.messages import AdapterReply
 
 _PATH = "/v1/adapters"
-_NAMED = f"{_PATH}/{{name}}"
+_NAMED = _PATH + r"/{name:[\s\S]+}"  # with slashes, and with what is to be refused as a name
 # Where a name in the path makes another status right than a name in the body of the seeds' routes.
 _STATUSES = {
     AdapterNotFoundError.code: 404,

@@ -30,7 +30,7 @@ def make_app(state: HttpState) -> web.Application:
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])
     app[STATE] = state
     for route in ROUTES:
-        app.router.add_route(route.method, route.pattern, route.handler)
+        app.router.add_route(route.method, route.path, route.handler)
     return app
 
 
