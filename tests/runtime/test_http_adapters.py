@@ -43,10 +43,12 @@ async def ask(front: HttpFront, method: str, path: str, body: Any = None) -> tup
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-    writer.write(head.encode() + data)
-    answer = await reader.read()
-    writer.close()
-    await writer.wait_closed()
+    try:
+        writer.write(head.encode() + data)
+        answer = await reader.read()
+    finally:
+        writer.close()
+        await writer.wait_closed()
     top, _, text = answer.partition(b"\r\n\r\n")
     return int(top.split()[1]), json.loads(text)
 
@@ -218,6 +220,7 @@ async def test_what_was_asked_for_goes_on_when_the_client_leaves(tokenizer_dir: 
         )
         await until(lambda: len(front.scheduler.received) > before)
         asking.cancel()
+        await asyncio.wait([asking])
         status, answer = await ask(front, "GET", "/v1/adapters/a")
         assert status == (200 if method == "PUT" else 404)
         assert method == "DELETE" or answer["path"] == "q"
