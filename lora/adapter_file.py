@@ -21,6 +21,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 UNSAFE_WEIGHTS_NAME = "adapter_model.bin"
 MAX_WEIGHTS_BYTES = 16 * 1024**3
 _REST_BYTES = 1 << 20  # of a file that is only digested, at a time
+_REVISION = re.compile(r"[0-9a-f]{40}")
 
 
 class AdapterFile:
@@ -97,6 +98,12 @@ def resolve_adapter(permit: Permit) -> Path:
     if not HUB_ID.fullmatch(lora_path):
         raise AdapterRejectedError(f"there is no adapter directory {directory.absolute()}", param="lora_path")
     return _download(lora_path, f"neither a directory ({directory.absolute()}) nor an adapter")
+
+
+def hub_revision(directory: Path) -> str:
+    """The commit that `directory` is a snapshot of, "" where it is none of the hub's cache."""
+    is_snapshot = directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
+    return directory.name if is_snapshot and _REVISION.fullmatch(directory.name) else ""
 
 
 def open_adapter(directory: Path, root: str = "") -> AdapterFile:

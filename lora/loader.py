@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import zmq
 
-from manylora.lora.adapter_file import AdapterFile, open_adapter, resolve_adapter
+from manylora.lora.adapter_file import AdapterFile, hub_revision, open_adapter, resolve_adapter
 from manylora.lora.adapter_image import write_image
 from manylora.lora.adapter_weights import bind_adapter, check_limits
 from manylora.lora.page_layout import pool_geometry
@@ -82,9 +82,10 @@ class Loader:
     def _load(self, job: LoadJob, path: Path) -> AdapterImage:
         started = time.monotonic()
         permit = self._access.permit(job.lora_path)
-        with open_adapter(resolve_adapter(permit), permit.root) as file:
+        directory = resolve_adapter(permit)
+        with open_adapter(directory, permit.root) as file:
             try:
-                image = self._lay_out(job, file, path)
+                image = self._lay_out(job, file, path, hub_revision(directory))
             except ManyloraError:
                 if job.digest:  # what is wrong with it may be what has changed
                     _check_unchanged(job, file)
@@ -94,7 +95,7 @@ class Loader:
             logger.debug("laid out %s in %.3f s", job.lora_path, time.monotonic() - started)
             return image
 
-    def _lay_out(self, job: LoadJob, file: AdapterFile, path: Path) -> AdapterImage:
+    def _lay_out(self, job: LoadJob, file: AdapterFile, path: Path, revision: str) -> AdapterImage:
         weights = bind_adapter(file, self._model, self._dtype)
         check_limits(weights.ranks, self._args, job.lora_name or job.lora_path)
         layout = write_image(path, weights, self._geometry, self._dtype)
@@ -106,6 +107,8 @@ class Loader:
             weights.scalings,
             layout.num_pages,
             layout.num_slices,
+            revision,
+            layout.num_bytes * self._geometry.tp_size,
         )
 
 

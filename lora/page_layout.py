@@ -84,6 +84,7 @@ class AdapterLayout(msgspec.Struct, frozen=True):
     num_slices: int
     offsets: tuple[int, ...]
     widths: tuple[int, ...]
+    num_bytes: int  # of all pieces: of the pages, what is not left empty
 
 
 def pool_geometry(
@@ -137,7 +138,8 @@ def adapter_layout(geometry: PoolGeometry, ranks: Sequence[Sequence[int]]) -> Ad
         for flat, piece_size in pieces:
             offsets[flat] = offset
             offset += piece_size
-    return AdapterLayout(len(free), num_slices, tuple(offsets), tuple(widths))
+    num_bytes = sum(size for size, _ in groups)
+    return AdapterLayout(len(free), num_slices, tuple(offsets), tuple(widths), num_bytes)
 
 
 def _site_groups(

@@ -144,10 +144,10 @@ def decode_body(body: bytes, kind: type[T]) -> T:
         raise _bad_request(error) from error
 
 
-def convert_body(fields: dict[str, Any], kind: type[T]) -> T:
-    """The same from Python values, for `Engine`."""
+def convert_body(fields: dict[str, Any], kind: type[T], *, strict: bool = True) -> T:
+    """The same from Python values, for `Engine`; not strict: from texts, as those of a query."""
     try:
-        return msgspec.convert(fields, type=kind, strict=True)
+        return msgspec.convert(fields, type=kind, strict=strict)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise _bad_request(error) from error
 

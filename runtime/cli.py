@@ -1,4 +1,4 @@
-"""The command line: `manylora serve --model-path M …`."""
+"""The command line: `manylora serve --model-path M …`, `manylora adapters list …`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from manylora.runtime.launch import serve
 
 _USAGE = """\
 usage: manylora serve --model-path MODEL [flags]   serve a model over HTTP (manylora serve --help: all flags)
+       manylora adapters list|load|unload|pin      the adapters of a running server (manylora adapters --help)
        manylora --version
 """
 _BAD_COMMAND_LINE = 2
@@ -26,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("--help", "-h"):
         sys.stdout.write(_USAGE)
         return 0
+    if command == "adapters":
+        from manylora.runtime.adapters_cli import main as adapters  # a server needs none of it
+
+        return adapters(rest)
     if command != "serve":
         sys.stderr.write(_USAGE)
         return _BAD_COMMAND_LINE

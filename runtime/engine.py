@@ -15,9 +15,16 @@ from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
+import msgspec
 import uvloop
 import zmq
 
+from manylora.runtime.adapter_types import (
+    AdapterCard,
+    DeleteAdapterBody,
+    LoadOptions,
+    PatchAdapterBody,
+)
 from manylora.runtime.api_types import GenerateBody, LoadAdapterBody, UnloadAdapterBody, convert_body
 from manylora.runtime.config import AccessArgs
 from manylora.runtime.errors import (
@@ -135,23 +142,80 @@ class Engine:
     # ---- administration -------------------------------------------------------------------------------------------
 
     def load_lora_adapter(
-        self, lora_name: str, lora_path: str, pinned: bool = False, replace: bool = False
+        self,
+        lora_name: str,
+        lora_path: str,
+        pinned: bool = False,
+        replace: bool = False,
+        *,
+        if_version: int | None = None,
+        ttl_s: float | None = None,
     ) -> dict[str, str]:
-        """Load an adapter from a directory or hub id. Returns name -> path of all loaded ones, in load order."""
+        """Load an adapter from a directory or hub id. Returns name -> path of all loaded ones, in load order.
+
+        `if_version`: only if the name is at this version, 0 if it is not loaded; else VersionConflictError. `ttl_s`: unload
+        it when no request has used it for so many seconds, pinned or not.
+        """
         fields = {"lora_name": lora_name, "lora_path": lora_path, "pinned": pinned, "replace": replace}
         body = convert_body(fields, LoadAdapterBody)
-        return _loaded(
+        options = convert_body({"if_version": if_version, "ttl_s": ttl_s}, LoadOptions)
+        return _done(
             self._run(
                 self._front().load_adapter(
-                    body.lora_name, body.lora_path, pinned=body.pinned, replace=body.replace
+                    body.lora_name,
+                    body.lora_path,
+                    pinned=body.pinned,
+                    replace=body.replace,
+                    if_version=options.if_version,
+                    ttl_s=options.ttl_s,
                 )
             )
-        )
+        ).loaded
 
-    def unload_lora_adapter(self, lora_name: str) -> dict[str, str]:
-        """Returns when the last request that uses it has ended: name -> path of those still loaded."""
-        body = convert_body({"lora_name": lora_name}, UnloadAdapterBody)
-        return _loaded(self._run(self._front().unload_adapter(body.lora_name)))
+    def list_lora_adapters(self) -> list[dict[str, Any]]:
+        """What `GET /v1/adapters` lists: one dictionary per loaded adapter, in load order."""
+        return [msgspec.to_builtins(AdapterCard.of(state)) for state in self.state().adapters]
+
+    def update_lora_adapter(
+        self,
+        lora_name: str,
+        *,
+        pinned: bool | None = None,
+        ttl_s: float | msgspec.UnsetType | None = msgspec.UNSET,
+        if_version: int | None = None,
+    ) -> dict[str, Any]:
+        """Change the pin or the time limit (None: none) of a loaded adapter. Returns its state as `list_lora_adapters`."""
+        fields = {"pinned": msgspec.UNSET if pinned is None else pinned, "ttl_s": ttl_s}
+        given = {name: value for name, value in fields.items() if value is not msgspec.UNSET}
+        name = convert_body({"lora_name": lora_name}, UnloadAdapterBody).lora_name
+        body = convert_body({**given, "if_version": if_version}, PatchAdapterBody)
+        body.check()
+        reply = self._run(
+            self._front().update_adapter(name, pinned=body.pin, ttl_s=body.ttl_s, if_version=body.if_version)
+        )
+        return _card(reply)
+
+    def pin_lora_adapter(self, lora_name: str, pinned: bool = True) -> dict[str, Any]:
+        """Keep a loaded adapter in device memory, or no longer. Returns its state as `list_lora_adapters`."""
+        return self.update_lora_adapter(lora_name, pinned=pinned)
+
+    def unload_lora_adapter(
+        self,
+        lora_name: str,
+        *,
+        drain_s: float | None = None,
+        force: bool = False,
+        if_version: int | None = None,
+    ) -> dict[str, str]:
+        """Returns when the last request that uses it has ended: name -> path of those still loaded.
+
+        After `drain_s` seconds, with `force` at once, the requests that still use it get AdapterUnloadedError.
+        """
+        name = convert_body({"lora_name": lora_name}, UnloadAdapterBody).lora_name
+        fields = {"drain_s": drain_s, "force": force, "if_version": if_version}
+        body = convert_body(fields, DeleteAdapterBody)
+        unload = self._front().unload_adapter(name, drain_s=body.patience, if_version=body.if_version)
+        return _done(self._run(unload)).loaded
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes. Raises BusyError while requests run."""
@@ -243,7 +307,14 @@ class Engine:
             raise
 
 
-def _loaded(reply: AdapterReply) -> dict[str, str]:
+def _done(reply: AdapterReply) -> AdapterReply:
+    """The reply to a call that was not refused. Raises the refusal."""
     if reply.error is not None:
         raise error_from(reply.error)
-    return reply.loaded
+    return reply
+
+
+def _card(reply: AdapterReply) -> dict[str, Any]:
+    state = _done(reply).adapter
+    assert state is not None
+    return msgspec.to_builtins(AdapterCard.of(state))

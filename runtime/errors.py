@@ -108,7 +108,7 @@ class ContextLengthError(BadRequestError):
 
 
 class AdapterNotFoundError(BadRequestError):
-    """A request or an unload names an adapter that is not loaded."""
+    """A request or an unload names an adapter that is not loaded. 404 on the routes below /v1/adapters."""
 
     code = "adapter_not_found"
 
@@ -120,13 +120,39 @@ class LoRADisabledError(BadRequestError):
 
 
 class AdapterExistsError(BadRequestError):
-    """A load of a name that is loaded, without `replace: true`; or while the same name is being loaded."""
+    """A load of a name that is loaded, without `replace: true`; or while the same name is being loaded. 409 on the routes
+    below /v1/adapters.
+    """
 
     code = "adapter_exists"
 
 
+class AdapterBusyError(BadRequestError):
+    """An unload of an adapter whose first load, or whose unload, is under way. 409 on the routes below /v1/adapters."""
+
+    code = "adapter_busy"
+
+
+class VersionConflictError(BadRequestError):
+    """`if_version` is not the version that the adapter is at; the message says which one is."""
+
+    code = "version_conflict"
+    status = 409
+
+
+class AdapterUnloadedError(ManyloraError):
+    """The adapter was unloaded, and the time that its requests were given is over. 410, since to try again does not help
+    and common clients do try again after 409 or 5xx.
+    """
+
+    code = "adapter_unloaded"
+    status = 410
+
+
 class AdapterRejectedError(BadRequestError):
-    """The adapter's files cannot be served: missing, malformed, of a wrong shape, or of an unsupported kind."""
+    """The adapter's files cannot be served: missing, malformed, of a wrong shape, or of an unsupported kind. 422 on the
+    routes below /v1/adapters, as is AdapterChangedError.
+    """
 
     code = "adapter_rejected"
 
@@ -138,7 +164,9 @@ class AdapterChangedError(AdapterRejectedError):
 
 
 class AdapterLimitError(BadRequestError):
-    """The adapter exceeds `--max-lora-rank`, `--lora-target-modules`, the pin limit, or can never fit in memory."""
+    """The adapter exceeds `--max-lora-rank`, `--lora-target-modules`, the pin limit, or can never fit in memory. 409 on the
+    routes below /v1/adapters: it is the server's limits and what else is loaded that stand against it, so not a 5xx.
+    """
 
     code = "adapter_limit"
 

@@ -74,20 +74,38 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Answered by one AdapterReply."""
+    """Answered by one AdapterReply. `if_version`: refused unless the name stands for this version, NO_VERSION for none,
+    both when the load begins and when it is done. `ttl_s`: see AdapterState.
+    """
 
     call: int
     lora_name: str
     lora_path: str
     pinned: bool = False
     replace: bool = False
+    if_version: int | None = None
+    ttl_s: float | None = None
 
 
-class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Answered by one AdapterReply, once the last request that uses it has ended and everything is freed."""
+class UpdateAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Change what is given, of an adapter that stays as it is. Answered by one AdapterReply, at once."""
 
     call: int
     lora_name: str
+    pinned: bool | None = None
+    ttl_s: float | msgspec.UnsetType | None = msgspec.UNSET
+    if_version: int | None = None
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Answered by one AdapterReply, once the last request that uses it has ended and everything is freed. After
+    `drain_s` seconds the requests that have not ended get AdapterUnloadedError.
+    """
+
+    call: int
+    lora_name: str
+    drain_s: float | None = None
+    if_version: int | None = None
 
 
 class FlushCache(msgspec.Struct, frozen=True, tag=True):
@@ -170,12 +188,16 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
 
 
 class AdapterReply(msgspec.Struct, frozen=True, tag=True):
-    """`loaded` is name -> path in load order after the call; `lora_version` of the adapter just loaded."""
+    """`loaded` is name -> path in load order after the call; `lora_version` and `adapter`: of the one that the call was
+    about, after an unload its last state; `replaced`: the version whose name a load took over.
+    """
 
     call: int
     loaded: dict[str, str]
     error: ErrorInfo | None = None
     lora_version: int = NO_VERSION
+    replaced: int = NO_VERSION
+    adapter: AdapterState | None = None
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -184,11 +206,12 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class AdapterState(msgspec.Struct, frozen=True):
-    """One registered adapter. `tier`: "disk", "host" or "resident"; bytes of one rank.
+    """One registered adapter. `tier`: "disk", "host" or "resident"; num_pages and leases are of this version.
 
-    Counts are of the name, and go on when it is replaced: loads: copies into GPU pages; evictions: of those pages; hits:
-    requests that found it resident when they were admitted; queue_s: what its admitted requests waited, together; tokens:
-    generated.
+    The counts from `running` on are of the name: they go on when it is replaced, and end when it is unloaded. running and
+    waiting: sequences, those of replaced versions included; loads: copies into device pages; evictions: of those pages;
+    requests: those accepted; hits: those of them that found it resident; tokens: generated; queue_s: seconds that its
+    sequences waited for their first step, together.
     """
 
     lora_name: str
@@ -202,18 +225,18 @@ class AdapterState(msgspec.Struct, frozen=True):
     leases: int
     revision: str = ""  # of the hub, where it came from one
     modules: tuple[str, ...] = ()
-    num_bytes: int = 0  # of its weights as stored in pages, all ranks
+    num_bytes: int = 0  # of its weights as stored in pages, all ranks together
     running: int = 0
     waiting: int = 0
     loads: int = 0
     evictions: int = 0
     hits: int = 0
-    requests: int = 0  # admitted
+    requests: int = 0
     tokens: int = 0
     queue_s: float = 0.0
     loaded_at: float = 0.0  # seconds since 1970
-    last_use: float = 0.0  # the same; 0: never
-    ttl_s: float | None = None  # unloaded when idle for so long
+    last_use: float = 0.0  # the same, now while a request runs or waits; 0: never
+    ttl_s: float | None = None  # it is unloaded when no request has run or waited for so many seconds
 
 
 class State(msgspec.Struct, frozen=True, tag=True):
@@ -264,6 +287,8 @@ class AdapterImage(msgspec.Struct, frozen=True, tag=True):
     scalings: tuple[tuple[float, ...], ...]  # [layer][module]
     num_pages: int
     num_slices: int
+    revision: str = ""  # of the hub, where the files come from there
+    num_bytes: int = 0  # of the weights in those pages, all ranks together
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
@@ -374,7 +399,7 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
     config: ServerConfig
 
 
-FrontToScheduler = Submit | Abort | LoadAdapter | UnloadAdapter | FlushCache | GetState
+FrontToScheduler = Submit | Abort | LoadAdapter | UpdateAdapter | UnloadAdapter | FlushCache | GetState
 SchedulerToFront = ServerInfo | StepOutput | Rejected | AdapterReply | Done | State
 SchedulerToLoader = LoadJob | Shutdown
 LoaderToScheduler = LoaderReady | AdapterImage | LoadFailed

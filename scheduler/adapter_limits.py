@@ -60,6 +60,14 @@ class FitChecker:
         self._refuse_over(new, "slices", slices, limits.num_slices)
         self._refuse_over(new, "host pages", new.num_pages, limits.num_host_pages)
 
+    def check_pin(self, version: Version, versions: Iterable[Version], sequences: Iterable[Sequence]) -> None:
+        """Raise AdapterLimitError if `version`, which is not pinned, could not be served beside the others if it were."""
+        version.pinned = True
+        try:
+            self.check_adapter(version, versions, sequences)
+        finally:
+            version.pinned = False
+
     def _kv_pages(self, sequence: Sequence) -> int:
         return -(-sequence.kv_tokens // self._page_size)
 

@@ -12,72 +12,61 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-from manylora.runtime.config import LoRAArgs
 from manylora.runtime.errors import (
     AdapterChangedError,
     AdapterLimitError,
     ErrorInfo,
-    ManyloraError,
+    VersionConflictError,
     WorkerCrashedError,
 )
 from manylora.runtime.messages import (
-    NO_VERSION,
     AdapterCopied,
     AdapterImage,
-    AdapterReply,
     AdapterStaged,
     LoadAdapter,
     LoadFailed,
     LoadJob,
-    UnloadAdapter,
 )
-from manylora.scheduler.adapter_calls import check_load, check_requested, check_unload
+from manylora.scheduler.adapter_calls import check_version
 from manylora.scheduler.adapter_limits import FitChecker
+from manylora.scheduler.adapter_teller import AdapterTeller
 from manylora.scheduler.device_tier import DeviceTier
 from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
 from manylora.scheduler.outbox import Outbox
 from manylora.scheduler.prefix_tree import PrefixTree
-from manylora.scheduler.sequence import Sequence
-from manylora.scheduler.version import DeviceCopy, HostCopy, Version
+from manylora.scheduler.sequence import Phase, Sequence
+from manylora.scheduler.times import Times
+from manylora.scheduler.unloads import Unloads
+from manylora.scheduler.version import DeviceCopy, HostCopy, Load, Version
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class Load:
-    """A LoadAdapter call under way; `version` from the moment its image is there."""
-
-    call: LoadAdapter
-    version: Version | None = None
-
-
 class AdapterTable:
-    """`on_unavailable(version, error)` is called when a version that requests wait for could not be made ready;
-    `live_sequences` gives every sequence that has not ended.
+    """`live_sequences` gives every sequence that has not ended; `end_sequences(sequences, error)` ends some of them, whose
+    version could not be made ready or is taken away.
     """
 
     def __init__(
         self,
-        args: LoRAArgs,
         *,
         host: HostTier,
         device: DeviceTier,
         tree: PrefixTree,
         fit: FitChecker,
         clock: StepClock,
+        times: Times,
         outbox: Outbox,
         live_sequences: Callable[[], Iterable[Sequence]],
-        on_unavailable: Callable[[Version, ErrorInfo], None],
+        end_sequences: Callable[[list[Sequence], ErrorInfo], None],
     ) -> None:
-        self._enabled = args.enable_lora or bool(args.lora_paths)
         self.names: dict[str, Version] = {}  # in load order
         self.versions: dict[int, Version] = {}  # every one that lives, loads under way included
         self.loads: dict[str, Load] = {}  # by name
         self.pinned: list[Version] = []  # those being loaded included
-        self._max_pinned = args.max_loras_per_batch - 1
+        self.unloads = Unloads()
         self._jobs: dict[int, Load | Version] = {}
         self._num_jobs = 0
         self._num_versions = 0
@@ -86,9 +75,11 @@ class AdapterTable:
         self._tree = tree
         self._fit = fit
         self._clock = clock
+        self._times = times
         self._outbox = outbox
         self._live_sequences = live_sequences
-        self._on_unavailable = on_unavailable
+        self._end_sequences = end_sequences
+        self.teller = AdapterTeller(self.names, live_sequences, times, outbox)
 
     @property
     def busy(self) -> bool:
@@ -100,9 +91,10 @@ class AdapterTable:
 
     # ---- leases -------------------------------------------------------------------------------------------------
 
-    def check_requested(self, names: set[str]) -> None:
-        """Raise unless every name stands for a version now."""
-        check_requested(names, self.names, enabled=self._enabled)
+    def count_request(self, version: Version) -> None:
+        """A request for it has been accepted."""
+        version.record.requests += 1
+        version.record.hits += version.device is DeviceCopy.RESIDENT
 
     def touch(self, version: Version) -> None:
         """It is in use now: others are to be evicted before it."""
@@ -110,35 +102,23 @@ class AdapterTable:
 
     def lease(self, version: Version) -> None:
         version.leases += 1
+        version.record.leases += 1
         self.touch(version)
 
     def release(self, version: Version) -> None:
         assert version.leases > 0
+        record = version.record
         version.leases -= 1
+        record.leases -= 1
         self.touch(version)
+        record.last_use, record.idle_since = self._times.since_1970(), self._times.now()
+        self.unloads.watch(record)
         self._settle(version)
 
-    # ---- calls --------------------------------------------------------------------------------------------------
-
-    def on_load(self, call: LoadAdapter) -> None:
-        try:
-            loading = {name: load.call for name, load in self.loads.items()}
-            check_load(call, self.names, loading, enabled=self._enabled, max_pinned=self._max_pinned)
-        except ManyloraError as error:
-            self._reply(call.call, error.info())
-            return
+    def start_load(self, call: LoadAdapter) -> None:
+        """A load that was checked."""
         self.loads[call.lora_name] = load = Load(call)
         self._start_job(load, call.lora_name, call.lora_path)
-
-    def on_unload(self, call: UnloadAdapter) -> None:
-        try:
-            check_unload(call.lora_name, self.names, enabled=self._enabled)
-        except ManyloraError as error:
-            self._reply(call.call, error.info())
-            return
-        version = self.names.pop(call.lora_name)
-        version.unload_calls.append(call.call)
-        self._retire(version)
 
     # ---- loader -------------------------------------------------------------------------------------------------
 
@@ -165,19 +145,9 @@ class AdapterTable:
 
     def _accept_new(self, load: Load, image: AdapterImage) -> None:
         self._num_versions += 1
-        call = load.call
-        version = Version(
-            id=self._num_versions,
-            name=call.lora_name,
-            path=call.lora_path,
-            pinned=call.pinned,
-            digest=image.digest,
-            num_pages=image.num_pages,
-            num_slices=image.num_slices,
-            max_rank=max(rank for layer in image.ranks for rank in layer),
-            last_use=self._clock.use(),
-        )
-        replaced = self.names.get(call.lora_name)
+        version = Version.of(self._num_versions, load.call, image)
+        self.touch(version)
+        replaced = self.names.get(version.name)
         try:
             self._fit.check_adapter(version, self.versions.values(), self._live_sequences(), replaced)
         except AdapterLimitError as error:
@@ -209,21 +179,31 @@ class AdapterTable:
         assert version.host is HostCopy.STAGING
         if not version.acks.add(answer.error):
             return
-        error = version.acks.error
         self._host.staged(version)
-        if error:
-            self._host.drop(version)
         load = self.loads.get(version.name)
         if load is not None and load.version is version:
-            if error:
-                self._unpin(version)
-                del self.versions[version.id]
-            else:
-                self._register(version)
-            self._end_load(load, error)
-        elif error:
-            self._on_unavailable(version, error)
+            self._finish_load(load, version)
+        elif error := version.acks.error:
+            self._host.drop(version)
+            self._lose_host_copy(version, error)
         self._settle(version)
+
+    def _finish_load(self, load: Load, version: Version) -> None:
+        """Every rank has staged it: the name is its own, unless a rank failed or the name has moved on meanwhile."""
+        error, replaced = version.acks.error, self.names.get(version.name)
+        if error is None:
+            try:
+                check_version(version.name, load.call.if_version, replaced)
+            except VersionConflictError as conflict:
+                error = conflict.info()
+        if error is not None:
+            self._host.drop(version)
+            self.set_pin(version, False)
+            del self.versions[version.id]
+            self._end_load(load, error)
+            return
+        self._register(version, load.call.ttl_s, replaced)
+        self._end_load(load, None, replaced)
 
     def on_copied(self, answer: AdapterCopied) -> None:
         version = self.versions[answer.version]
@@ -232,7 +212,7 @@ class AdapterTable:
             return
         self._device.copied(version)
         if error := version.acks.error:
-            self._on_unavailable(version, error)
+            self._end_waiting(version, error)
         self._settle(version)
 
     # ---- residency ----------------------------------------------------------------------------------------------
@@ -247,19 +227,26 @@ class AdapterTable:
         return False
 
     def pins_ready(self) -> bool:
-        """Bring every pinned adapter into memory; False while one waits for room."""
+        """Bring every pinned adapter into memory; False while one waits for room. One that was pinned when its host copy
+        was gone is read again first, which holds up nobody.
+        """
         ready = True
         for version in self.pinned:
-            if version.named and not version.copy_failed:
+            if version.named and not version.failed and self.want(version):
                 ready &= self._device.make_resident(version)
         return ready
 
     # ---- ends ---------------------------------------------------------------------------------------------------
 
-    def _register(self, version: Version) -> None:
-        old = self.names.pop(version.name, None)
+    def _register(self, version: Version, ttl_s: float | None, replaced: Version | None) -> None:
+        if replaced is not None:
+            del self.names[version.name]
+            version.record = replaced.record
         self.names[version.name] = version
-        version.named = True
+        version.named, version.loaded_at = True, self._times.since_1970()
+        record = version.record
+        record.ttl_s, record.idle_since = ttl_s, self._times.now()
+        self.unloads.watch(record)
         logger.info(
             "LoRA adapter loaded: %s from %s (version %d, rank %d, %d pages)",
             version.name,
@@ -268,29 +255,42 @@ class AdapterTable:
             version.max_rank,
             version.num_pages,
         )
-        if old is not None:
-            self._retire(old)
+        if replaced is not None:
+            self.retire(replaced)
 
-    def _end_load(self, load: Load, error: ErrorInfo | None) -> None:
-        del self.loads[load.call.lora_name]
-        done = load.version if error is None else None
-        self._reply(load.call.call, error, done.id if done else NO_VERSION)
+    def _end_load(self, load: Load, error: ErrorInfo | None, replaced: Version | None = None) -> None:
+        name = load.call.lora_name
+        del self.loads[name]
+        if error is not None and name in self.names:
+            self.unloads.watch(self.names[name].record)  # it could not expire meanwhile
+        self.teller.reply(load.call.call, error, None if error else load.version, replaced)
 
-    def _retire(self, version: Version) -> None:
+    def retire(self, version: Version) -> None:
         """Its name is gone; it lives on its leases."""
         version.named = False
-        self._unpin(version)
+        self.set_pin(version, False)
         self._settle(version)
 
-    def _unpin(self, version: Version) -> None:
-        if version.pinned:
+    def set_pin(self, version: Version, pinned: bool) -> None:
+        """Pin a version that may be pinned, which also tries anew what failed before, or let go of its pin."""
+        if pinned:
+            version.failed = False
+        if pinned and not version.pinned:
+            self.pinned.append(version)
+        elif version.pinned and not pinned:
             self.pinned.remove(version)
-            version.pinned = False
+        version.pinned = pinned
 
     def _lose_host_copy(self, version: Version, error: ErrorInfo) -> None:
         version.host = HostCopy.NONE
-        self._on_unavailable(version, error)
+        version.failed = True
+        self._end_waiting(version, error)
         self._settle(version)
+
+    def _end_waiting(self, version: Version, error: ErrorInfo) -> None:
+        """It could not be made ready for those that wait for it."""
+        waiting = [s for s in self._live_sequences() if s.version is version and s.phase is Phase.WAITING]
+        self._end_sequences(waiting, error)
 
     def _settle(self, version: Version) -> None:
         """After a change: bury the version if it is dead, and let others have the host memory that became free."""
@@ -307,9 +307,6 @@ class AdapterTable:
         self._jobs = {job: owner for job, owner in self._jobs.items() if owner is not version}
         del self.versions[version.id]
         logger.info("LoRA adapter unloaded: %s (version %d)", version.name, version.id)
-        for call in version.unload_calls:
-            self._reply(call, None)
-
-    def _reply(self, call: int, error: ErrorInfo | None, version: int = NO_VERSION) -> None:
-        loaded = {name: v.path for name, v in self.names.items()}
-        self._outbox.to_front.append(AdapterReply(call, loaded, error, version))
+        for unload in self.unloads.take_done(self.versions.values()):
+            if unload.call is not None:
+                self.teller.reply(unload.call, None, unload.version)

@@ -31,9 +31,11 @@ class DeviceTier:
     def copied(self, version: Version) -> None:
         """Every rank has answered."""
         version.device = DeviceCopy.RESIDENT
-        version.copy_failed = version.acks.error is not None
-        if version.copy_failed:
+        version.failed = version.acks.error is not None
+        if version.failed:
             self.drop(version)
+        else:
+            version.record.loads += 1
 
     def drop(self, version: Version) -> None:
         """Free the pages of a version that nothing runs any more."""

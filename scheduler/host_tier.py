@@ -92,4 +92,4 @@ def _may_drop(version: Version) -> bool:
         return False
     if version.device is DeviceCopy.RESIDENT:
         return True
-    return not version.leases and (version.copy_failed or not version.pinned)
+    return not version.leases and (version.failed or not version.pinned)

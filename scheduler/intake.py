@@ -7,6 +7,7 @@ import random
 from manylora.runtime.errors import BadRequestError, ContextLengthError, QueueFullError
 from manylora.runtime.messages import NO_VERSION, GenerateReq
 from manylora.runtime.sampling_params import MAX_STOP_TOKEN_IDS
+from manylora.scheduler.adapter_admin import AdapterAdmin
 from manylora.scheduler.adapter_limits import FitChecker
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.roster import Roster
@@ -21,6 +22,7 @@ class Intake:
         self,
         roster: Roster,
         adapters: AdapterTable,
+        admin: AdapterAdmin,
         fit: FitChecker,
         *,
         context_length: int,
@@ -31,6 +33,7 @@ class Intake:
     ) -> None:
         self._roster = roster
         self._adapters = adapters
+        self._admin = admin
         self._fit = fit
         self._context_length = context_length
         self._eos_ids = eos_ids
@@ -47,11 +50,14 @@ class Intake:
             raise QueueFullError(
                 f"{waiting} sequences wait already; {count} more exceed the limit of {self._max_queued}."
             )
-        self._adapters.check_requested({r.lora_name for r in requests if r.lora_name is not None})
+        self._admin.check_requested({r.lora_name for r in requests if r.lora_name is not None})
         accepted: list[tuple[Sequence, Version | None]] = []
         for request in requests:
             version = self._adapters.names[request.lora_name] if request.lora_name is not None else None
             accepted += [(sample, version) for sample in self._samples(request, version)]
+        for request in requests:
+            if request.lora_name is not None:
+                self._adapters.count_request(self._adapters.names[request.lora_name])
         for sequence, version in accepted:
             self._roster.add(sequence, version)
 

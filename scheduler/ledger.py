@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from manylora.runtime.messages import NO_VERSION, AdapterState, State
+from manylora.runtime.messages import NO_VERSION, State
+from manylora.scheduler.adapter_record import AdapterRecord
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
@@ -43,12 +44,7 @@ class Ledger:
             live_versions=len(adapters.versions),
             steps=self._clock.completed,
             preemptions=roster.preemptions,
-            adapters=[
-                AdapterState(
-                    name, v.path, v.id, v.digest, v.pinned, v.tier, v.max_rank, v.num_pages, v.leases
-                )
-                for name, v in adapters.names.items()
-            ],
+            adapters=adapters.teller.states(),
         )
 
     def check(self) -> None:
@@ -106,6 +102,14 @@ class Ledger:
         _check_each_once(slices, memory.slices.size, "slice")
         _check_each_once(host_pages, host.pool.size, "host page")
         assert all(versions[v.id] is v for v in self._adapters.names.values())
+        of_record: Counter[AdapterRecord] = Counter()
+        for version in versions.values():
+            of_record[version.record] += version.leases
+        assert all(record.leases == count for record, count in of_record.items())
+        due = self._adapters.unloads.due
+        for name, version in self._adapters.names.items():
+            expires_at = version.record.expires_at
+            assert expires_at is None or due <= expires_at or name in self._adapters.loads
         assert set(map(id, self._adapters.pinned)) == {id(v) for v in versions.values() if v.pinned}
 
 

@@ -80,7 +80,7 @@ class Memory:
             return False
         idle.sort(key=lambda v: -v.last_use)
         while self.slices.num_free < version.num_slices:
-            self.free_adapter(idle.pop())
+            self._evict_adapter(idle.pop())
         self._make_free(version.num_pages)
         if self.pages.num_cool < version.num_pages or self.slices.num_cool < version.num_slices:
             return False
@@ -109,9 +109,13 @@ class Memory:
         while self.pages.num_free < count:
             leaf = self.tree.oldest_idle()
             if idle and (leaf is None or idle[-1].last_use < leaf.last_use):
-                self.free_adapter(idle.pop())
+                self._evict_adapter(idle.pop())
             else:
                 self._evict_prefix()
+
+    def _evict_adapter(self, version: Version) -> None:
+        version.record.evictions += 1
+        self.free_adapter(version)
 
     def _evict_prefix(self) -> None:
         leaf = self.tree.oldest_idle()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ logger = logging.getLogger("manylora.scheduler")
 
 _START_CALL = -1  # call numbers of the front count up from 0
 _VERDICT_MS = 500
+_LONGEST_POLL_MS = 3_600_000
 
 
 class SchedulerProcess:
@@ -187,8 +189,8 @@ class SchedulerProcess:
 
     def _turn(self) -> None:
         """Sleep until a message is here, handle all that are, plan what they allow, send what came of it."""
-        ready = dict(self._poller.poll())
         scheduler = self._scheduler
+        ready = dict(self._poller.poll(_milliseconds(scheduler.seconds_to_due)))
         if self._supervisor.socket in ready:
             self._handle_supervisor()
         if self._stopping:  # the front listens no longer
@@ -209,6 +211,7 @@ class SchedulerProcess:
         if self._front.socket in ready:
             for message in self._front.drain():
                 scheduler.on_front(message)
+        scheduler.on_time()
         scheduler.schedule()
         self._flush()
         if not scheduler.idle:
@@ -263,6 +266,11 @@ class SchedulerProcess:
         for path in Path(self._config.shm_dir).iterdir():  # half an image is memory that nobody would free
             if str(path) not in wanted:
                 path.unlink(missing_ok=True)  # the remover may be at it
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    """How long to poll: rounded up, so that it is time when it ends; and no longer than fits a C integer."""
+    return None if seconds is None else min(_LONGEST_POLL_MS, math.ceil(seconds * 1000))
 
 
 def main(config: ServerConfig, context: ChildContext) -> None:

@@ -32,11 +32,13 @@ from manylora.runtime.messages import (
     StepOutput,
     Submit,
     UnloadAdapter,
+    UpdateAdapter,
     pack_i64,
     unpack_i64,
 )
 from manylora.runtime.model_config import ModelConfig
 from manylora.runtime.plan import ForwardOutput
+from manylora.scheduler.adapter_admin import AdapterAdmin
 from manylora.scheduler.adapter_limits import FitChecker
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.admission import Admission
@@ -54,7 +56,7 @@ from manylora.scheduler.roster import Roster
 from manylora.scheduler.sequence import Sequence
 from manylora.scheduler.sequence_memory import SequenceMemory
 from manylora.scheduler.step import StepRecord
-from manylora.scheduler.version import Version
+from manylora.scheduler.times import Times
 
 __all__ = ["PoolLimits", "Scheduler"]
 
@@ -76,6 +78,7 @@ class Scheduler:
         limits: PoolLimits,
         *,
         clock: Callable[[], float] = time.monotonic,
+        world_clock: Callable[[], float] = time.time,
         seed: int,
     ) -> None:
         outbox = Outbox()
@@ -95,24 +98,34 @@ class Scheduler:
         fit = FitChecker(limits, page_size=page_size, max_kv_pages=self._memory.max_kv_pages)
         host = HostTier(limits.num_host_pages, lora.max_loaded_loras, tp_size, outbox)
         device = DeviceTier(self._memory, tp_size, outbox)
+        times = Times(clock, world_clock)
         self._adapters = AdapterTable(
-            lora,
             host=host,
             device=device,
             tree=self._memory.tree,
             fit=fit,
             clock=self._steps,
+            times=times,
             outbox=outbox,
             live_sequences=self._live_sequences,
-            on_unavailable=self._fail_waiting,
+            end_sequences=self._end_sequences,
+        )
+        self._admin = AdapterAdmin(
+            lora,
+            self._adapters,
+            fit=fit,
+            times=times,
+            live_sequences=self._live_sequences,
+            end_sequences=self._end_sequences,
         )
         sequences = SequenceMemory(self._memory)
         # A step holds a row of each running sequence, so no more may run than a step has tokens.
         num_slots = min(schedule.max_running_requests, chunk_size)
-        self._roster = Roster(num_slots, sequences, self._adapters)
+        self._roster = Roster(num_slots, sequences, self._adapters, clock)
         self._intake = Intake(
             self._roster,
             self._adapters,
+            self._admin,
             fit,
             context_length=config.model.context_length or model.max_position_embeddings,
             eos_ids=model.eos_token_ids,
@@ -145,9 +158,12 @@ class Scheduler:
                     if sequence := self._roster.live.get(handle):
                         self._roster.end(sequence)
             case LoadAdapter():
-                self._adapters.on_load(message)
+                self._admin.on_load(message)
+            case UpdateAdapter():
+                self._admin.on_update(message)
+                self._roster.changed = True
             case UnloadAdapter():
-                self._adapters.on_unload(message)
+                self._admin.on_unload(message)
                 self._roster.changed = True
             case FlushCache():
                 self._flush(message)
@@ -179,6 +195,18 @@ class Scheduler:
     def images(self) -> set[str]:
         """The files of adapters' images that the workers have yet to stage."""
         return {version.image.path for version in self._adapters.versions.values() if version.image}
+
+    # ---- time ---------------------------------------------------------------------------------------------------
+
+    @property
+    def seconds_to_due(self) -> float | None:
+        """When `on_time` is to be called next if no message comes before; None: it need not."""
+        return self._admin.seconds_to_due
+
+    def on_time(self) -> None:
+        """Do what is due by now. Costs nothing when nothing is."""
+        if self._admin.on_time():
+            self._roster.changed = True
 
     # ---- decisions ----------------------------------------------------------------------------------------------
 
@@ -231,11 +259,10 @@ class Scheduler:
     def _live_sequences(self) -> Iterable[Sequence]:
         return self._roster.live.values()
 
-    def _fail_waiting(self, version: Version, error: ErrorInfo) -> None:
-        """A version cannot be made ready: end the sequences that wait for it."""
-        failed = self._roster.waiting.of(version.id)
-        for sequence in failed:
+    def _end_sequences(self, sequences: list[Sequence], error: ErrorInfo) -> None:
+        before_replies = len(self.to_front)  # an end may let go the answer to an unload
+        for sequence in sequences:
             self._roster.end(sequence)
-        if failed:
-            finishes = [finish_error(sequence.handle, error) for sequence in failed]
-            self.to_front.append(StepOutput(b"", b"", finishes=finishes))
+        if sequences:
+            finishes = [finish_error(sequence.handle, error) for sequence in sequences]
+            self.to_front.insert(before_replies, StepOutput(b"", b"", finishes=finishes))

@@ -32,6 +32,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "arrived_at",
         "cached_tokens",
         "capacity",
         "generation",
@@ -50,6 +51,7 @@ class Sequence:
         "phase",
         "prefill_end",
         "prompt_len",
+        "queue_s",
         "sample_index",
         "seed",
         "slot",
@@ -91,6 +93,8 @@ class Sequence:
         self.group: Group | None = None
         self.phase = Phase.WAITING
         self.generation = 0  # a token planned under an older one is dropped
+        self.arrived_at = 0.0  # on the roster's clock
+        self.queue_s = -1.0  # from its arrival until it was first admitted
         self.started = False
         self.cached_tokens = -1  # found when first admitted
         self.slot = -1
@@ -100,6 +104,10 @@ class Sequence:
         self.prefill_end = self.prompt_len  # tokens known when admitted: what prefill has to write
         self.num_planned = 0
         self.num_written = 0  # tokens that prefill has written in completed steps since it was admitted
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
 
     @property
     def kv_tokens(self) -> int:

@@ -23,25 +23,19 @@ from manylora.runtime.errors import (
 from manylora.runtime.ipc import Pipe
 from manylora.runtime.messages import (
     Abort,
-    AdapterReply,
-    Done,
-    FlushCache,
     FrontToScheduler,
     GenerateReq,
-    GetState,
-    LoadAdapter,
     Rejected,
     SchedulerToFront,
     ServerInfo,
-    State,
     StepOutput,
     Submit,
-    UnloadAdapter,
     pack_i32,
     pack_i64,
     unpack_i32,
     unpack_i64,
 )
+from manylora.tokenizer_manager.administration import Administration
 from manylora.tokenizer_manager.answer import Answer
 from manylora.tokenizer_manager.generate_call import (
     GenerateCall,
@@ -60,7 +54,7 @@ logger = logging.getLogger("manylora.front")
 INLINE_CHARACTERS = 4096  # texts beyond this are tokenized in a thread, beside the event loop
 
 
-class TokenizerManager:
+class TokenizerManager(Administration):
     """Lives in one event loop; every method is called there."""
 
     def __init__(self, pipe: Pipe[FrontToScheduler, SchedulerToFront]) -> None:
@@ -147,39 +141,6 @@ class TokenizerManager:
             del self._running[sequence.handle]
             call.note(sequence)
         self._abort(sequence.handle for sequence, _ in chosen)
-
-    # ---- administration -------------------------------------------------------------------------------------------
-
-    async def load_adapter(
-        self, lora_name: str, lora_path: str, *, pinned: bool = False, replace: bool = False
-    ) -> AdapterReply:
-        """Load under a new version. A refusal is in the reply's `error`. The load goes on if the caller leaves."""
-        logger.info("Start load Lora adapter. Lora name=%.600r, path=%.600r", lora_name, lora_path)
-        reply = await self._scheduler.ask(
-            lambda number: LoadAdapter(number, lora_name, lora_path, pinned, replace)
-        )
-        assert isinstance(reply, AdapterReply)
-        return reply
-
-    async def unload_adapter(self, lora_name: str) -> AdapterReply:
-        """Answers when the adapter's last request has ended and all is freed. A refusal is in the reply's `error`."""
-        logger.info("Start unload Lora adapter. Lora name=%.600r", lora_name)
-        reply = await self._scheduler.ask(lambda number: UnloadAdapter(number, lora_name))
-        assert isinstance(reply, AdapterReply)
-        return reply
-
-    async def flush_cache(self) -> None:
-        """Forget all cached prefixes. Raises BusyError while requests run or wait."""
-        reply = await self._scheduler.ask(FlushCache)
-        assert isinstance(reply, Done)
-        if reply.error is not None:
-            raise error_from(reply.error)
-
-    async def state(self) -> State:
-        """The scheduler's ledger, now."""
-        reply = await self._scheduler.ask(GetState)
-        assert isinstance(reply, State)
-        return reply
 
     # ---- a call's way in and out ------------------------------------------------------------------------------------
 

@@ -10,14 +10,19 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from manylora.runtime.http import adapter_routes, generate_routes, server_routes
+from manylora.runtime.http import adapter_admin_routes, adapter_routes, generate_routes, server_routes
 from manylora.runtime.http.access import LEVELS, require_key
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors, check_ready
 
 logger = logging.getLogger("manylora.access")
 protocol_logger = logging.getLogger("manylora.protocol")
 
-ROUTES = (*generate_routes.ROUTES, *adapter_routes.ROUTES, *server_routes.ROUTES)
+ROUTES = (
+    *generate_routes.ROUTES,
+    *adapter_routes.ROUTES,
+    *adapter_admin_routes.ROUTES,
+    *server_routes.ROUTES,
+)
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
 SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from manylora.lora.adapter_file import open_adapter, resolve_adapter
+from manylora.lora.adapter_file import hub_revision, open_adapter, resolve_adapter
 from manylora.lora.safetensors_header import (
     MAX_DIMS,
     MAX_HEADER_BYTES,
@@ -43,6 +43,20 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
 
 def test_a_directory_is_itself(adapter: Path) -> None:
     assert resolve_adapter(Permit(str(adapter))) == adapter
+
+
+@pytest.mark.parametrize(
+    ("directory", "is_snapshot"),
+    [
+        ("/c/hub/models--org--name/snapshots/{}", True),
+        ("/c/hub/models--org--name/snapshots/{}/deeper", False),
+        ("/c/hub/models--org--name/snapshots/main", False),
+        ("/home/snapshots/{}", False),
+    ],
+)
+def test_a_snapshot_of_the_hub_has_a_revision(directory: str, is_snapshot: bool) -> None:
+    commit = "0123456789" * 4
+    assert hub_revision(Path(directory.format(commit))) == (commit if is_snapshot else "")
 
 
 @pytest.mark.parametrize("lora_path", ["/nowhere/at/all", "./nowhere", "a/b/c", "http://host/x"])

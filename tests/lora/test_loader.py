@@ -77,6 +77,23 @@ def test_an_image_and_what_it_says(config: ServerConfig, adapter: str) -> None:
     assert (answer.num_pages, answer.num_slices) == (layout.num_pages, 2)
     assert Path(answer.path).stat().st_size == 2 * layout.num_pages * geometry.page_bytes
     assert images(config) == [Path(answer.path).name]
+    assert answer.num_bytes == 2 * layout.num_bytes
+    assert answer.revision == ""
+
+
+def test_an_adapter_out_of_the_hubs_cache_says_its_revision(
+    config: ServerConfig, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by its hub id, without a network, where a download would have put it."""
+    repository, revision = tmp_path / "hub/models--org--adapter", "0123456789abcdef" * 2 + "01234567"
+    shutil.copytree(adapter, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    answer = Loader(config).handle(LoadJob(3, "org/adapter"))
+    assert isinstance(answer, AdapterImage)
+    assert answer.revision == revision
 
 
 def test_the_digest_must_be_the_registered_one(config: ServerConfig, adapter: str) -> None:

@@ -99,6 +99,7 @@ def test_packing_wastes_little(tp_size: int, sharding: str, bound: float, rank: 
     geometry = pool_geometry(make_model(), tp_size=tp_size, sharding=sharding, page_size=16, itemsize=2)
     layout = adapter_layout(geometry, [[rank] * NUM_MODULES] * 32)
     used = sum(size for _, size in pieces(geometry, layout))
+    assert used == layout.num_bytes
     assert layout.num_pages * geometry.page_bytes <= bound * used
 
 

@@ -119,6 +119,7 @@ class Call:
     kind: str
     name: str
     reply: Any = None
+    if_version: int | None = None
 
     @property
     def answered(self) -> bool:
@@ -131,6 +132,7 @@ class FakeFront:
         self.calls: dict[int, Call] = {}
         self.loaded: dict[str, str] = {}  # name -> path, as the last reply said
         self.names: dict[str, int] = {}  # name -> version
+        self.records: dict[int, int] = {}  # version -> the first of those that replaced one another up to it
         self.weights: dict[int, str] = {0: BASE}  # version -> what its KV entries remember
 
     def on_message(self, message: Any, digests: dict[int, str]) -> None:
@@ -155,9 +157,21 @@ class FakeFront:
 
     def _on_adapter(self, call: Call, reply: AdapterReply, digests: dict[int, str]) -> None:
         self.loaded = reply.loaded
+        if call.kind == "unload" and reply.error is None:
+            assert reply.adapter is not None
+            assert (reply.adapter.running, reply.adapter.waiting, reply.adapter.tier) == (0, 0, "disk")
+            record = self.records[reply.adapter.version]
+            left = [
+                s for s in self.sequences.values() if self.records.get(s.bound_to) == record and not s.ended
+            ]
+            assert not left, "an unload was answered before the ends of its requests"
         if call.kind == "load" and reply.error is None:
             version = reply.lora_version
             assert version not in self.weights, "a version was reused"
+            assert call.if_version in (None, reply.replaced), "the wrong version was replaced"
+            assert reply.adapter is not None
+            assert reply.adapter.version == version
+            self.records[version] = self.records.get(reply.replaced, version)
             self.names[call.name] = version
             self.weights[version] = f"{digests[version]}/{version}"
 

@@ -5,7 +5,8 @@ token is the right one, and in the end nothing is left. The checks are the fake 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections import Counter
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import pytest
@@ -21,12 +22,15 @@ from hypothesis.stateful import (
 
 from manylora.runtime.messages import Rejected
 from tests.scheduler.fake_worker import NAN
-from tests.scheduler.world import Adapter, World
+from tests.scheduler.world import EPOCH, Adapter, World
 
 NAMES = ("a", "b", "c", "d")
 PATHS = ("pa", "pb", "pc", f"{NAN}-weights")
 STEMS = ([], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12], list(range(10, 27)))
 
+Guard = Literal["right", "wrong"] | None
+guards = st.sampled_from((None, None, None, "right", "wrong"))
+ttls = st.sampled_from((None, None, 2.0))
 small = st.integers(0, 5)
 prompts = st.builds(
     lambda stem, tail: stem + tail, st.sampled_from(STEMS), st.lists(st.integers(0, 3), max_size=4)
@@ -59,6 +63,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.resident_pins: set[int] = set()
+        self.deadlines: list[tuple[float, int]] = []  # of unloads, with the record they are of
+        self.requests: Counter[int] = Counter()  # accepted, by record
+        self.hits: Counter[int] = Counter()
 
     @initialize(
         page_size=st.sampled_from((1, 2, 4)),
@@ -103,8 +110,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _submit(self, prompt: list[int], lora: str | None, params: dict[str, Any]) -> None:
         known = lora is None or lora in self.world.names
+        tiers = {adapter.lora_name: adapter.tier for adapter in self.world.state().adapters}
         sequences = self.world.submit(prompt, lora=lora, **params)
         assert known or all(isinstance(s.finish, Rejected) for s in sequences)
+        if lora is not None and not isinstance(sequences[0].finish, Rejected):
+            record = self.world.front.records[sequences[0].bound_to]
+            self.requests[record] += 1
+            self.hits[record] += tiers[lora] == "resident"
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -124,15 +136,59 @@ class SchedulerMachine(RuleBasedStateMachine):
         path=st.sampled_from(PATHS),
         pinned=st.sampled_from((False, False, True)),
         replace=st.booleans(),
+        ttl_s=ttls,
+        guard=guards,
     )
-    def load(self, name: str, path: str, pinned: bool, replace: bool) -> None:
-        self.world.load(name, path, pinned=pinned, replace=replace)
+    def load(
+        self, name: str, path: str, pinned: bool, replace: bool, ttl_s: float | None, guard: Guard
+    ) -> None:
+        if_version, wrong = self._guarded(name, guard)
+        call = self.world.load(name, path, pinned=pinned, replace=replace, if_version=if_version, ttl_s=ttl_s)
+        assert not wrong or call.reply.error.code == "version_conflict"
 
-    @rule(name=st.sampled_from(NAMES))
-    def unload(self, name: str) -> None:
+    @rule(name=st.sampled_from(NAMES), drain_s=st.sampled_from((None, None, 0.0, 3.0)), guard=guards)
+    def unload(self, name: str, drain_s: float | None, guard: Guard) -> None:
+        version = self.world.names.get(name)
+        if_version, wrong = self._guarded(name, guard)
+        call = self.world.unload(name, drain_s=drain_s, if_version=if_version)
+        if version is None:
+            assert drain_s is not None or call.reply.error is not None
+        elif wrong:
+            assert call.reply.error.code == "version_conflict"
+        elif drain_s is not None:
+            self.deadlines.append((self.world.now + drain_s, self.world.front.records[version]))
+
+    @rule(name=st.sampled_from(NAMES), pinned=st.sampled_from((None, True, False)), ttl_s=ttls, guard=guards)
+    def update(self, name: str, pinned: bool | None, ttl_s: float | None, guard: Guard) -> None:
         known = name in self.world.names
-        call = self.world.unload(name)
-        assert known or call.reply.error is not None
+        if_version, wrong = self._guarded(name, guard)
+        reply = self.world.update(name, pinned=pinned, ttl_s=ttl_s, if_version=if_version).reply
+        if not known:
+            assert reply.error.code == "adapter_not_found"
+        elif wrong:
+            assert reply.error.code == "version_conflict"
+        else:
+            assert reply.error is None or (pinned and reply.error.code == "adapter_limit")
+
+    def _guarded(self, name: str, guard: Guard) -> tuple[int | None, bool]:
+        """`if_version` for a call, and whether it is wrong."""
+        version = self.world.names.get(name, 0)
+        return {None: (None, False), "right": (version, False), "wrong": (version + 1, True)}[guard]
+
+    @rule(seconds=st.sampled_from((0.5, 1.0, 4.0)))
+    def pass_time(self, seconds: float) -> None:
+        world = self.world
+        world.pass_time(seconds)
+        over = {record for deadline, record in self.deadlines if deadline <= world.now}
+        live = [s for s in world.sequences.values() if not s.ended]
+        assert not [s for s in live if world.front.records.get(s.bound_to) in over]
+        for adapter in world.state().adapters:
+            idle_s = EPOCH + world.now - max(adapter.last_use, adapter.loaded_at)
+            loading = any(
+                call.kind == "load" and call.name == adapter.lora_name and not call.answered
+                for call in world.calls.values()
+            )
+            assert adapter.ttl_s is None or idle_s < adapter.ttl_s or loading, "it should have gone"
 
     @rule(path=st.sampled_from(PATHS[:3]))
     def change_file(self, path: str) -> None:
@@ -191,8 +247,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def pins_stay_resident(self) -> None:
         adapters = self.world.state().adapters
         resident = {adapter.version for adapter in adapters if adapter.pinned and adapter.tier == "resident"}
-        assert self.resident_pins & {adapter.version for adapter in adapters} <= resident
+        assert self.resident_pins & {adapter.version for adapter in adapters if adapter.pinned} <= resident
         self.resident_pins = resident
+
+    @invariant()
+    def adapters_are_told_as_they_are(self) -> None:
+        world, records = self.world, self.world.front.records
+        live, tokens = Counter[int](), Counter[int]()
+        for sequence in world.sequences.values():
+            if (record := records.get(sequence.bound_to)) is not None:
+                live[record] += not sequence.ended
+                tokens[record] += sequence.generated
+        for adapter in world.state().adapters:
+            assert world.names[adapter.lora_name] == adapter.version
+            record = records[adapter.version]
+            versions = [version for version, of in records.items() if of == record]
+            assert adapter.running + adapter.waiting == live[record] >= adapter.leases
+            assert (adapter.requests, adapter.tokens) == (self.requests[record], tokens[record])
+            assert adapter.hits == self.hits[record]
+            assert adapter.loads == sum(world.copies[version] for version in versions)
+            left = adapter.loads - adapter.evictions
+            assert left == (adapter.tier == "resident") or (len(versions) > 1 and left >= 0)
 
     def teardown(self) -> None:
         if hasattr(self, "world"):

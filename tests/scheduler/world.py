@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from manylora.runtime.messages import (
     State,
     Submit,
     UnloadAdapter,
+    UpdateAdapter,
     pack_i32,
     pack_i64,
 )
@@ -30,6 +32,7 @@ from manylora.scheduler.scheduler import PoolLimits, Scheduler
 from tests.scheduler.fake_front import EOS, Call, Expected, FakeFront
 from tests.scheduler.fake_worker import VOCAB, FakeWorker
 
+EPOCH = 1_700_000_000.0  # what the world's clock shows when `World.now` is 0
 FAILURE = WorkerCrashedError("a rank failed").info()
 
 
@@ -77,6 +80,7 @@ class World:
     enable_lora: bool = True
     context: int | None = None
     files: dict[str, Adapter] = field(default_factory=dict)
+    now: float = 0.0  # of both clocks
 
     def __post_init__(self) -> None:
         config = ServerConfig(
@@ -104,7 +108,15 @@ class World:
             model, tp_size=self.tp_size, sharding="slora", page_size=self.page_size, itemsize=4
         )
         limits = PoolLimits(self.num_pages, self.num_host_pages, self.num_slices)
-        self.scheduler = Scheduler(config, model, geometry, limits, clock=lambda: 0.0, seed=1)
+        self.scheduler = Scheduler(
+            config,
+            model,
+            geometry,
+            limits,
+            clock=lambda: self.now,
+            world_clock=lambda: EPOCH + self.now,
+            seed=1,
+        )
         self.worker = FakeWorker(
             num_pages=self.num_pages,
             page_size=self.page_size,
@@ -114,6 +126,8 @@ class World:
         )
         self.jobs: list[LoadJob] = []
         self.images: set[str] = set()  # not released yet
+        self.copies: Counter[int] = Counter()  # those that every rank has done, by version
+        self.failed_copies: set[int] = set()  # of those under way
         self.front = FakeFront()
         self.sequences = self.front.sequences
         self.calls = self.front.calls
@@ -161,26 +175,42 @@ class World:
             sequence.aborted = sequence.aborted or sequence.finish is None
         self._deliver()
 
-    def load(self, name: str, path: str, *, pinned: bool = False, replace: bool = False) -> Call:
+    def load(
+        self,
+        name: str,
+        path: str,
+        *,
+        pinned: bool = False,
+        replace: bool = False,
+        if_version: int | None = None,
+        ttl_s: float | None = None,
+    ) -> Call:
         """Ask for a load; nothing more happens until the loader works."""
         self.files.setdefault(path, Adapter())
         call = self._call("load", name)
-        self.scheduler.on_front(LoadAdapter(self.next_call - 1, name, path, pinned, replace))
+        call.if_version = if_version
+        number = self.next_call - 1
+        self.scheduler.on_front(LoadAdapter(number, name, path, pinned, replace, if_version, ttl_s))
         self._deliver()
         return call
 
-    def load_now(self, name: str, path: str, **flags: bool) -> Call:
+    def load_now(self, name: str, path: str, **flags: Any) -> Call:
         call = self.load(name, path, **flags)
         self.settle()
         assert call.answered
         return call
 
-    def unload(self, name: str) -> Call:
+    def unload(self, name: str, *, drain_s: float | None = None, if_version: int | None = None) -> Call:
         call = self._call("unload", name)
-        self.scheduler.on_front(UnloadAdapter(self.next_call - 1, name))
+        self.scheduler.on_front(UnloadAdapter(self.next_call - 1, name, drain_s, if_version))
         self._deliver()
-        if not call.answered or call.reply.error is None:
-            self.names.pop(name, None)
+        self._forget_gone()
+        return call
+
+    def update(self, name: str, **changes: Any) -> Call:
+        call = self._call("update", name)
+        self.scheduler.on_front(UpdateAdapter(self.next_call - 1, name, **changes))
+        self._deliver()
         return call
 
     def flush(self) -> Done:
@@ -218,7 +248,17 @@ class World:
             ranks = ((4,) * 7,)
             scalings = ((1.0,) * 7,)
             self.scheduler.on_loader(
-                AdapterImage(job.job, path, digest, ranks, scalings, adapter.num_pages, adapter.num_slices)
+                AdapterImage(
+                    job.job,
+                    path,
+                    digest,
+                    ranks,
+                    scalings,
+                    adapter.num_pages,
+                    adapter.num_slices,
+                    revision=f"r{adapter.edition}",
+                    num_bytes=100 * adapter.num_pages,
+                )
             )
         self._deliver()
 
@@ -241,8 +281,13 @@ class World:
 
     def ack(self, index: int = 0, *, fail: bool = False) -> None:
         kind, version, rank = self.acks()[index]
+        if kind == "copy":
+            self.failed_copies |= {version} if fail else set()
         answer = self.worker.answer_staging if kind == "stage" else self.worker.answer_copying
         self.scheduler.on_worker(answer(version, rank, FAILURE if fail else None))
+        if kind == "copy" and version not in self.worker.copyings:
+            self.copies[version] += version not in self.failed_copies
+            self.failed_copies.discard(version)
         self._deliver()
 
     def complete_step(self) -> None:
@@ -282,6 +327,18 @@ class World:
         self.settle()
         return [s.tokens[len(s.tokens) - s.generated :] for s in sequences]
 
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.scheduler.on_time()
+        self._deliver()
+        self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        """Names that were unloaded, or whose time was over."""
+        loaded = {adapter.lora_name for adapter in self.state().adapters}
+        for name in self.names.keys() - loaded:
+            del self.names[name]
+
     # ---- what the scheduler says --------------------------------------------------------------------------------
 
     def _deliver(self) -> None:
@@ -310,7 +367,8 @@ class World:
         """Every sequence and call has ended; with the cache flushed and all unloaded, all memory is free."""
         for sequence in self.sequences.values():
             assert sequence.ended
-        for name in list(self.front.loaded):
+        self.pass_time(0.0)
+        for name in list(self.names):
             assert self.unload(name).reply.error is None
         assert self.flush().error is None
         self.settle()

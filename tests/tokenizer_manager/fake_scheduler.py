@@ -18,7 +18,13 @@ from typing import Any
 
 import zmq
 
-from manylora.runtime.errors import AdapterExistsError, AdapterNotFoundError, BusyError, ManyloraError
+from manylora.runtime.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    BusyError,
+    ErrorInfo,
+    ManyloraError,
+)
 from manylora.runtime.ipc import Pipe, pipe_address
 from manylora.runtime.messages import (
     Abort,
@@ -40,6 +46,7 @@ from manylora.runtime.messages import (
     StepOutput,
     Submit,
     UnloadAdapter,
+    UpdateAdapter,
     pack_i32,
     pack_i64,
     unpack_i32,
@@ -78,6 +85,7 @@ class FakeScheduler:
         self.held = False
         self.tokens_per_step = 1
         self.refusal: ManyloraError | None = None
+        self.load_refusal: ManyloraError | None = None
         self.failing_token: tuple[int, ManyloraError] | None = None  # (after so many tokens, with this error)
         self.received: list[FrontToScheduler] = []
         self.adapters: dict[str, tuple[str, int]] = {}
@@ -113,9 +121,12 @@ class FakeScheduler:
             case LoadAdapter():
                 self._load(message)
             case UnloadAdapter():
-                known = self.adapters.pop(message.lora_name, None)
-                error = None if known else AdapterNotFoundError(f"no {message.lora_name}").info()
-                self.pipe.send(AdapterReply(message.call, self._paths(), error))
+                error, state = self._find(message.lora_name)
+                self.adapters.pop(message.lora_name, None)
+                self.pipe.send(AdapterReply(message.call, self._paths(), error, adapter=state))
+            case UpdateAdapter():
+                error, state = self._find(message.lora_name)
+                self.pipe.send(AdapterReply(message.call, self._paths(), error, adapter=state))
             case FlushCache():
                 error = BusyError("requests are running").info() if self.running else None
                 self.pipe.send(Done(message.call, error))
@@ -136,14 +147,24 @@ class FakeScheduler:
                 self.running[handle] = FakeSequence(request, handle, script, version)
 
     def _load(self, message: LoadAdapter) -> None:
-        error = None
+        error, replaced = self.load_refusal, 0
         if message.lora_name in self.adapters and not message.replace:
-            error = AdapterExistsError(f"{message.lora_name} is already loaded").info()
-        else:
-            self._last_version += 1
-            self.adapters.pop(message.lora_name, None)
-            self.adapters[message.lora_name] = (message.lora_path, self._last_version)
-        self.pipe.send(AdapterReply(message.call, self._paths(), error, self._last_version))
+            error = AdapterExistsError(f"{message.lora_name} is already loaded", param="lora_name")
+        if error is not None:
+            self.pipe.send(AdapterReply(message.call, self._paths(), error.info()))
+            return
+        self._last_version += 1
+        if old := self.adapters.pop(message.lora_name, None):
+            replaced = old[1]
+        self.adapters[message.lora_name] = (message.lora_path, self._last_version)
+        _, state = self._find(message.lora_name)
+        self.pipe.send(AdapterReply(message.call, self._paths(), None, self._last_version, replaced, state))
+
+    def _find(self, name: str) -> tuple[ErrorInfo | None, AdapterState | None]:
+        states = [state for state in self._states() if state.lora_name == name]
+        if states:
+            return None, states[0]
+        return AdapterNotFoundError(f"no {name}", param="lora_name").info(), None
 
     def _paths(self) -> dict[str, str]:
         return {name: path for name, (path, _) in self.adapters.items()}
@@ -190,11 +211,14 @@ class FakeScheduler:
         return None
 
     def _state(self, call: int) -> State:
-        cards = [
+        cards = self._states()
+        return State(call, len(self.running), 0, 0, 9, 9, 0, 0, 9, 9, 9, 9, len(cards), self.steps, 0, cards)
+
+    def _states(self) -> list[AdapterState]:
+        return [
             AdapterState(name, path, version, "", False, "host", 8, 1, 0)
             for name, (path, version) in self.adapters.items()
         ]
-        return State(call, len(self.running), 0, 0, 9, 9, 0, 0, 9, 9, 9, 9, len(cards), self.steps, 0, cards)
 
 
 def _prompt_logprobs(sequence: FakeSequence) -> list[LogprobChunk]:
