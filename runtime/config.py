@@ -13,6 +13,7 @@ Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 LoRASharding = Literal["slora", "replicated"]
 LoadFormat = Literal["auto", "dummy"]
+LogFormat = Literal["text", "json"]
 
 
 class LoRAPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,6 +88,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     parallel: ParallelArgs = ParallelArgs()
     http: HttpArgs = HttpArgs()
     log_level: str = "info"
+    log_format: LogFormat = "text"
     run_dir: str = ""  # 0700, sockets; made by the supervisor
     shm_dir: str = ""  # 0700 below /dev/shm, adapter images; made by the supervisor
     supervisor_pid: int = 0  # children end with it; 0: whoever started them

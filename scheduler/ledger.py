@@ -49,6 +49,9 @@ class Ledger:
                 )
                 for name, v in adapters.names.items()
             ],
+            pages_kv=memory.num_kv_pages,
+            pages_kv_cached=memory.tree.num_idle,
+            pages_adapters=sum(len(v.pages) for v in memory.resident.values()),
         )
 
     def check(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.sequence import Phase, Sequence
@@ -62,10 +63,16 @@ class WaitQueue:
 class Roster:
     """The one place where a lease is taken (`add`) and released (`end`).
 
-    `changed` says that something happened that may let a waiting sequence in.
+    `changed` says that something happened that may let a waiting sequence in. `clock`: seconds, of what it notes of times.
     """
 
-    def __init__(self, num_slots: int, memory: SequenceMemory, adapters: AdapterTable) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        memory: SequenceMemory,
+        adapters: AdapterTable,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.live: dict[int, Sequence] = {}  # by handle
         self.waiting = WaitQueue()
         self.running: list[Sequence] = []  # in order of arrival
@@ -76,6 +83,7 @@ class Roster:
         self.free_slots = list(range(num_slots - 1, -1, -1))
         self._memory = memory
         self._adapters = adapters
+        self._clock = clock
 
     def add(self, sequence: Sequence, version: Version | None) -> None:
         """Accept a sequence."""
@@ -83,6 +91,7 @@ class Roster:
             sequence.version, sequence.version_id = version, version.id
             self._adapters.lease(version)
         assert sequence.handle not in self.live
+        sequence.arrived_at = self._clock()
         self.live[sequence.handle] = sequence
         self.waiting.push(sequence)
         self.changed = True
@@ -91,6 +100,8 @@ class Roster:
         """From waiting to running; its version has been claimed (`claim`)."""
         self.waiting.remove(sequence)
         sequence.phase = Phase.RUNNING
+        if sequence.queue_s < 0:
+            sequence.queue_s = self._clock() - sequence.arrived_at
         sequence.slot = self.free_slots.pop()
         self.running.insert(bisect_left(self.running, sequence.arrival, key=_arrival), sequence)
 

@@ -109,7 +109,7 @@ class Scheduler:
         sequences = SequenceMemory(self._memory)
         # A step holds a row of each running sequence, so no more may run than a step has tokens.
         num_slots = min(schedule.max_running_requests, chunk_size)
-        self._roster = Roster(num_slots, sequences, self._adapters)
+        self._roster = Roster(num_slots, sequences, self._adapters, clock)
         self._intake = Intake(
             self._roster,
             self._adapters,

@@ -32,6 +32,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "arrived_at",
         "cached_tokens",
         "capacity",
         "generation",
@@ -50,6 +51,7 @@ class Sequence:
         "phase",
         "prefill_end",
         "prompt_len",
+        "queue_s",
         "sample_index",
         "seed",
         "slot",
@@ -92,7 +94,9 @@ class Sequence:
         self.phase = Phase.WAITING
         self.generation = 0  # a token planned under an older one is dropped
         self.started = False
+        self.arrived_at = 0.0  # on the roster's clock
         self.cached_tokens = -1  # found when first admitted
+        self.queue_s = -1.0  # from its arrival until it was first admitted
         self.slot = -1
         self.pages: list[int] = []
         self.nodes: list[Node] = []

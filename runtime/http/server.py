@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from manylora.runtime.http import adapter_routes, generate_routes, server_routes
+from manylora.runtime.http import adapter_routes, generate_routes, metrics_routes, server_routes
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors
+from manylora.runtime.http.observe import RESPONSES, AccessLogger, observe
 
 logger = logging.getLogger("manylora.access")
 
-ROUTES = (*generate_routes.ROUTES, *adapter_routes.ROUTES, *server_routes.ROUTES)
+ROUTES = (*generate_routes.ROUTES, *adapter_routes.ROUTES, *server_routes.ROUTES, *metrics_routes.ROUTES)
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
 SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
@@ -22,8 +23,10 @@ SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
 
 def make_app(state: HttpState) -> web.Application:
     """All routes over `state`; until it is ready every one of them answers 503."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[observe, answer_errors])
     app[STATE] = state
+    app[RESPONSES] = {}
+    metrics_routes.install(app)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, route.handler)
     return app
@@ -35,7 +38,7 @@ async def serving(state: HttpState, listener: socket.socket) -> AsyncGenerator[N
     runner = web.AppRunner(
         make_app(state),
         access_log=logger,
-        access_log_format='%a - "%r" %s',
+        access_log_class=AccessLogger,
         auto_decompress=False,
         handle_signals=False,
         handler_cancellation=True,  # a client that leaves cancels its route, which aborts its requests
