@@ -128,9 +128,9 @@ class _Relay:
         self._thread.join(_DRAIN_S)
 
     def _pass_on(self, descriptor: int) -> None:
-        with os.fdopen(descriptor, "r", encoding="utf-8", errors="backslashreplace") as lines:
+        with os.fdopen(descriptor, encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
             for line in lines:
-                if text := line.rstrip():
+                if text := line.rstrip().rpartition("\r")[2]:  # of a progress bar the last state
                     self.stream.write((text if _is_object(text) else self._as_event(text)) + "\n")
 
     def _as_event(self, text: str) -> str:

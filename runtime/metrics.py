@@ -163,13 +163,13 @@ def adapter_families(rows: Mapping[str, AdapterRow]) -> list[Metric]:
         ),
         _counters(
             "adapter_requests",
-            "Its requests that were let into a step.",
+            "Its requests that were accepted.",
             ["adapter"],
             counts["requests"],
         ),
         _counters("adapter_loads", "Times it was copied into GPU pages.", ["adapter"], counts["loads"]),
         _counters("adapter_evictions", "Times it lost its GPU pages.", ["adapter"], counts["evictions"]),
-        _counters("adapter_hits", "Its requests that found it on the GPU.", ["adapter"], counts["hits"]),
+        _counters("adapter_hits", "Its requests that found it on the GPU when they came.", ["adapter"], counts["hits"]),
         _counters(
             "adapter_queue_seconds", "What its requests waited, together.", ["adapter"], counts["queue_s"]
         ),

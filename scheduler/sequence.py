@@ -93,10 +93,10 @@ class Sequence:
         self.group: Group | None = None
         self.phase = Phase.WAITING
         self.generation = 0  # a token planned under an older one is dropped
-        self.started = False
         self.arrived_at = 0.0  # on the roster's clock
-        self.cached_tokens = -1  # found when first admitted
         self.queue_s = -1.0  # from its arrival until it was first admitted
+        self.started = False
+        self.cached_tokens = -1  # found when first admitted
         self.slot = -1
         self.pages: list[int] = []
         self.nodes: list[Node] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 from aiohttp.typedefs import Handler
@@ -37,7 +39,10 @@ class AccessLogger(AbstractAccessLogger):
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
         http = f"HTTP/{request.version.major}.{request.version.minor}"
-        self.logger.info(
+        # Machines ask these all day long.
+        quiet = request.path in ("/metrics", "/health") and response.status < 400
+        self.logger.log(
+            logging.DEBUG if quiet else logging.INFO,
             '%s - "%s %s %s" %s',
             request.remote,
             request.method,
