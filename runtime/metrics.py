@@ -169,7 +169,12 @@ def adapter_families(rows: Mapping[str, AdapterRow]) -> list[Metric]:
         ),
         _counters("adapter_loads", "Times it was copied into GPU pages.", ["adapter"], counts["loads"]),
         _counters("adapter_evictions", "Times it lost its GPU pages.", ["adapter"], counts["evictions"]),
-        _counters("adapter_hits", "Its requests that found it on the GPU when they came.", ["adapter"], counts["hits"]),
+        _counters(
+            "adapter_hits",
+            "Its requests that found it on the GPU when they came.",
+            ["adapter"],
+            counts["hits"],
+        ),
         _counters(
             "adapter_queue_seconds", "What its requests waited, together.", ["adapter"], counts["queue_s"]
         ),

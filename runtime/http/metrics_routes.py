@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from aiohttp import web
 from prometheus_client import Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from manylora.runtime.errors import NotReadyError
@@ -29,6 +30,8 @@ from manylora.runtime.metrics import (
 SCRAPE_TIMEOUT_S = 5.0
 REUSE_FACTOR = 10  # a page is given again for so many times what it cost
 MAX_REUSE_S = 1.0
+_OPENMETRICS = "application/openmetrics-text"
+_openmetrics_page: Callable[..., bytes] = openmetrics.generate_latest  # type: ignore[untyped]
 
 
 class MetricsPage:
@@ -43,12 +46,13 @@ class MetricsPage:
 
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The page and its content type. Raises NotReadyError if the scheduler does not answer in time."""
-        encode, content_type = choose_encoder(accept)
+        content_type, encode = _choose_format(accept)
         async with self._lock:
             began = time.monotonic()
             until, page = self._pages.get(content_type, (0.0, b""))
             if began >= until:
-                page = encode(_Families(await self._collect()))
+                # The library's other ways of escaping make underscores of the colons in some lines.
+                page = encode(_Families(await self._collect()), escaping=openmetrics.ALLOWUTF8)
                 cost = time.monotonic() - began
                 self._pages[content_type] = (began + cost + min(REUSE_FACTOR * cost, MAX_REUSE_S), page)
         return page, content_type
@@ -67,6 +71,13 @@ class MetricsPage:
             *self._adapters.collect(state),
             *gateway_families(state, config, manager.info),
         ]
+
+
+def _choose_format(accept: str) -> tuple[str, Callable[..., bytes]]:
+    """OpenMetrics for whoever names it, else the text that all understand."""
+    if any(part.partition(";")[0].strip() == _OPENMETRICS for part in accept.split(",")):
+        return openmetrics.CONTENT_TYPE_LATEST, _openmetrics_page
+    return CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 
 class _Families(Collector):
