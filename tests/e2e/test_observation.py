@@ -26,6 +26,17 @@ DEMO = REPOSITORY / "demo"
 PROMPT = "List 3 countries and their capitals."
 ADAPTERS = [f"{name}={DEMO}/adapters/{name}" for name in ("json", "upper_case")]
 
+COUNTS = {  # fields of AdapterState
+    "requests": "requests_total",
+    "loads": "loads_total",
+    "evictions": "evictions_total",
+    "hits": "hits_total",
+    "queue_s": "queue_seconds_total",
+    "tokens": "generation_tokens_total",
+    "running": "requests_running",
+    "waiting": "requests_waiting",
+}
+
 
 def samples(server: Server) -> dict[str, float]:
     """`name{label="value",…}` -> value of every sample."""
@@ -53,7 +64,7 @@ def test_a_server_tells_what_it_did(tmp_path: Path) -> None:
         assert before["manylora:generation_tokens_total{}"] == 0  # the warm-up is nobody's
         answers = [one["meta_info"] for _ in range(2) for one in ask(server)]
         wait_until(lambda: samples(server)["manylora:e2e_request_latency_seconds_count{}"] == 6, "six ends")
-        page = samples(server)
+        page, told = samples(server), server.ledger()["adapters"]
     assert page["manylora:generation_tokens_total{}"] == 96
     assert page["manylora:prompt_tokens_total{}"] == sum(one["prompt_tokens"] for one in answers)
     assert page["manylora:prompt_tokens_cached_total{}"] == sum(one["cached_tokens"] for one in answers) > 0
@@ -73,6 +84,10 @@ def test_a_server_tells_what_it_did(tmp_path: Path) -> None:
     assert page['manylora:adapter_tier{adapter="json",tier="resident"}'] == 1
     assert page['manylora:adapter_pages{adapter="json"}'] == pages["adapter_cached"]
     assert page['manylora:adapter_tier{adapter="upper_case",tier="host"}'] == 1
+    for one in told:
+        for field, metric in COUNTS.items():
+            sample = f'manylora:adapter_{metric}{{adapter="{one["lora_name"]}"}}'
+            assert page[sample] == pytest.approx(one[field], abs=1e-6), sample
     ready = 'max_lora="3",running_lora_adapters="json",waiting_lora_adapters=""'
     assert page[f"vllm:lora_requests_info{{{ready}}}"] == pytest.approx(time.time(), abs=60)
 
