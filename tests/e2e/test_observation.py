@@ -129,7 +129,7 @@ def test_every_line_of_a_json_log_is_an_object(tmp_path: Path) -> None:
     [killed] = [line for line in lines if "it is started again" in line["event"]]
     assert (killed["level"], killed["process"]) == ("warning", "supervisor")
     assert [line for line in lines if line["event"].startswith("LoRA adapter loaded: german")]
-    assert lines[-1]["event"] == "shutting down"
+    assert [line["process"] for line in lines if line["event"] == "shutting down"] == ["supervisor"]
 
 
 def test_a_start_that_fails_says_why_in_json(tmp_path: Path) -> None:
