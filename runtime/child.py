@@ -83,7 +83,7 @@ def run_child(role: str, argv: list[str], main: Callable[[ServerConfig, ChildCon
     faulthandler.enable()
     config = msgspec.json.decode(Path(argv[0]).read_bytes(), type=ServerConfig)
     _die_with_parent(config.supervisor_pid)
-    setup_logging(role, config.log_level)
+    setup_logging(role, config.log_level, config.log_format)
     context = ChildContext(role, config, tuple(argv[1:]))
     try:
         main(config, context)

@@ -14,6 +14,7 @@ Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 LoRASharding = Literal["slora", "replicated"]
 LoadFormat = Literal["auto", "dummy"]
+LogFormat = Literal["text", "json"]
 
 
 class LoRAPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,6 +114,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     http: HttpArgs = HttpArgs()
     access: AccessArgs = AccessArgs()
     log_level: str = "info"
+    log_format: LogFormat = "text"
     run_dir: str = ""  # 0700, sockets; made by the supervisor
     shm_dir: str = ""  # 0700 below /dev/shm, adapter images; made by the supervisor
     supervisor_pid: int = 0  # children end with it; 0: whoever started them

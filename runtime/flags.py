@@ -114,6 +114,7 @@ FLAGS = (
     Flag("disable_overlap_schedule", "schedule", "plan a step only after the one before has answered"),
     Flag("cuda_graph_max_bs", "schedule", "largest decode step that is captured as a CUDA graph", low=0),
     Flag("log_level", "", "of the log on stderr", choices=LOG_LEVELS),
+    Flag("log_format", "", "json: each line of stderr is one JSON object"),
 )
 
 

@@ -18,6 +18,7 @@ from manylora.runtime.errors import ManyloraError, ShuttingDownError, error_from
 from manylora.runtime.http.common import HttpState
 from manylora.runtime.http.server import serving
 from manylora.runtime.keys import Keys, read_keys
+from manylora.runtime.log import REQUEST_ID
 from manylora.runtime.messages import EngineFailed, FrontToScheduler, SchedulerToFront
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt
@@ -78,6 +79,8 @@ async def _serve(config: ServerConfig, context: ChildContext, listener: socket.s
         async with serving(state, listener):
             await manager.start()
             await _warm_up(manager)
+            manager.metrics.clear()  # it was nobody's request
+            REQUEST_ID.set("")
             state.ready = True
             logger.info("The server is fired up and ready to roll!")
             orders.report_ready()

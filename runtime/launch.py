@@ -15,7 +15,7 @@ import msgspec
 
 from manylora.runtime.config import HttpArgs, ServerConfig
 from manylora.runtime.errors import ConfigError, ErrorInfo, WorkerCrashedError, error_from
-from manylora.runtime.log import setup_logging
+from manylora.runtime.log import close_relay, setup_logging
 from manylora.runtime.supervisor import MODULES, Supervisor
 
 logger = logging.getLogger("manylora.launch")
@@ -25,16 +25,22 @@ _BACKLOG = 1024
 
 def serve(config: ServerConfig) -> int:
     """Serve over HTTP until a signal or a failure. Returns the exit code: 0 after a signal, else 1 after one line."""
-    setup_logging("supervisor", config.log_level)
+    setup_logging("supervisor", config.log_level, config.log_format, relay=True)
+    try:
+        return _serve(config)
+    finally:
+        close_relay()
+
+
+def _serve(config: ServerConfig) -> int:
     try:
         listener = bind(config.http.host, config.http.port)
     except ConfigError as error:
-        return _fail(error.info())
+        return _fail(error.info(), config)
     if config.http.is_loopback and not HttpArgs(host=listener.getsockname()[0]).is_loopback:
         listener.close()
-        return _fail(
-            ConfigError(f"--host {config.http.host} is no loopback address here", param="host").info()
-        )
+        error = ConfigError(f"--host {config.http.host} is no loopback address here", param="host")
+        return _fail(error.info(), config)
     http = msgspec.structs.replace(config.http, port=listener.getsockname()[1])
     supervisor = Supervisor(msgspec.structs.replace(config, http=http), listener)
     _stop_on_signals(supervisor)
@@ -42,7 +48,7 @@ def serve(config: ServerConfig) -> int:
         failure = supervisor.run()
     except (ConfigError, OSError) as error:  # no place for sockets, no more processes allowed, …
         failure = ConfigError(str(error)).info()
-    return 0 if failure is None else _fail(failure)
+    return 0 if failure is None else _fail(failure, config)
 
 
 class RunningServer:
@@ -138,6 +144,9 @@ def _stop_on_signals(supervisor: Supervisor) -> None:
             signal.signal(number, stop)
 
 
-def _fail(error: ErrorInfo) -> int:
+def _fail(error: ErrorInfo, config: ServerConfig) -> int:
+    if config.log_format == "json":
+        logger.critical("%s", error.message, extra={"code": error.code, "param": error.param})
+        return 1
     sys.stderr.write(f"manylora: error: {error.message}\n")
     return 1

@@ -148,11 +148,14 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class Start(msgspec.Struct, frozen=True):
-    """Sent with a sequence's first token: what it found cached, and which weights answer."""
+    """Sent with a sequence's first token: what it found cached, which weights answer, and the seconds from its arrival at
+    the scheduler until it was first let into a step.
+    """
 
     handle: int
     cached_tokens: int
     lora_version: int
+    queue_s: float = 0.0
 
 
 class LogprobChunk(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -258,6 +261,9 @@ class State(msgspec.Struct, frozen=True, tag=True):
     steps: int
     preemptions: int
     adapters: list[AdapterState]
+    pages_kv: int = 0  # that hold KV; the cached ones included
+    pages_kv_cached: int = 0
+    pages_adapters: int = 0  # of resident adapters and those being copied; the rest of the pages is free
 
 
 # ---- scheduler -> loader, loader -> scheduler ---------------------------------------------------------------------

@@ -32,6 +32,7 @@ def describe_server(config: ServerConfig, info: ServerInfo, state: State) -> dic
     return {
         **settings,
         "log_level": config.log_level,
+        "log_format": config.log_format,
         **sizes,
         "internal_states": [ledger],
         "version": __version__,

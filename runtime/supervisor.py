@@ -237,6 +237,7 @@ class Supervisor:
             config.model.device,
             config.model.dtype,
             len(config.lora.lora_paths),
+            extra={"host": config.http.host, "port": config.http.port, "seconds": round(seconds, 3)},
         )
 
     # ---- ending ---------------------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ class Ledger:
             steps=self._clock.completed,
             preemptions=roster.preemptions,
             adapters=adapters.teller.states(),
+            pages_kv=memory.num_kv_pages,
+            pages_kv_cached=memory.tree.num_idle,
+            pages_adapters=sum(len(v.pages) for v in memory.resident.values()),
         )
 
     def check(self) -> None:

@@ -95,7 +95,9 @@ class _Answer:
 
     def start(self, sequence: Sequence) -> None:
         sequence.started = True
-        self.starts.append(Start(sequence.handle, sequence.cached_tokens, sequence.version_id))
+        self.starts.append(
+            Start(sequence.handle, sequence.cached_tokens, sequence.version_id, sequence.queue_s)
+        )
 
     def message(self) -> StepOutput | None:
         if not (self.handles or self.ended or self.logprobs):

@@ -33,5 +33,13 @@ class Progress:
             memory.pages.num_free,
             memory.num_cached,
             memory.pages.size,
+            extra={
+                "running": len(roster.running),
+                "waiting": len(roster.waiting),
+                "adapters_running": roster.num_active,
+                "tokens_per_s": round(self._tokens / (now - self._since), 1),
+                "pages_free": memory.pages.num_free,
+                "pages_cached": memory.num_cached,
+            },
         )
         self._since, self._tokens = now, 0

@@ -44,6 +44,7 @@ HEAVY = {
     "transformers": set[str](),
     "peft": set[str](),
     "aiohttp": {"entry points"},
+    "prometheus_client": {"entry points"},
     "zmq": {"contracts", "lora", "scheduler", "tp_worker", "entry points", "tokenizer_manager"},
 }
 

@@ -32,13 +32,13 @@ FLAG_NAMES = """
 --adapter-root --allow-hub --enable-lora --lora-paths --max-loras-per-batch --max-loaded-loras
 --lora-backend --max-lora-rank --lora-target-modules --lora-sharding --page-size --mem-fraction-static
 --max-total-tokens --disable-radix-cache --host-fraction --max-running-requests --max-queued-requests
---chunked-prefill-size --disable-overlap-schedule --cuda-graph-max-bs --log-level
+--chunked-prefill-size --disable-overlap-schedule --cuda-graph-max-bs --log-level --log-format
 """
 ROUTES = """
 POST /generate, PUT /generate, POST /abort_request, GET /health_generate, POST /load_lora_adapter,
 POST /unload_lora_adapter, GET /v1/adapters, GET /v1/adapters/{name}, PUT /v1/adapters/{name},
 PATCH /v1/adapters/{name}, DELETE /v1/adapters/{name}, GET /health, GET /v1/models, GET /get_model_info, GET /get_server_info, GET /flush_cache,
-POST /flush_cache
+POST /flush_cache, GET /metrics
 """
 
 # Forks once per module from a process that has loaded the heavy packages already, so that each import is a first one

@@ -49,6 +49,12 @@ class GenerateCall(msgspec.Struct, frozen=True):
         return self.as_list or self.num_sequences > 1
 
     @property
+    def name(self) -> str:
+        """What a log calls it: the id of its first prompt, and how many more there are."""
+        more = len(self.prompts) - 1
+        return f"{self.prompts[0].rid} and {more} more" if more > 0 else self.prompts[0].rid
+
+    @property
     def num_sequences(self) -> int:
         return sum(prompt.params.n for prompt in self.prompts)
 

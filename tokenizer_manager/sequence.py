@@ -40,7 +40,6 @@ class Sequence:
         "_prompt",
         "_prompt_ids",
         "_prompt_logprobs",
-        "_started_at",
         "_stop_checker",
         "_text_length",
         "_tokenizer",
@@ -50,6 +49,8 @@ class Sequence:
         "handle",
         "output_ids",
         "rid",
+        "started_at",
+        "token_at",
     )
 
     def __init__(
@@ -71,7 +72,8 @@ class Sequence:
         self.finish: Length | Stop | Aborted | None = None
         self.error: ManyloraError | None = None
         self._prompt, self._params, self._prompt_ids = prompt, params, prompt_ids
-        self._tokenizer, self._started_at, self._index = tokenizer, started_at, index
+        self._tokenizer, self.started_at, self._index = tokenizer, started_at, index
+        self.token_at = 0.0  # when its last token came, `time.monotonic()`; 0: none has
         self._cached_tokens = self._lora_version = 0
         pieces = tokenizer.visible_pieces if params.skip_special_tokens else tokenizer.pieces
         self._decoder = IncrementalDecoder(pieces)
@@ -86,6 +88,10 @@ class Sequence:
     @property
     def ended(self) -> bool:
         return self.finish is not None or self.error is not None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._prompt_ids)
 
     def start(self, start: Start) -> None:
         self._cached_tokens, self._lora_version = start.cached_tokens, start.lora_version
@@ -124,7 +130,7 @@ class Sequence:
             prompt_tokens=len(self._prompt_ids),
             completion_tokens=len(self.output_ids),
             cached_tokens=self._cached_tokens,
-            e2e_latency=time.monotonic() - self._started_at,
+            e2e_latency=time.monotonic() - self.started_at,
             lora_name=self._prompt.lora_name,
             lora_version=self._lora_version,
         )

@@ -21,6 +21,7 @@ from manylora.runtime.errors import (
     error_from,
 )
 from manylora.runtime.ipc import Pipe
+from manylora.runtime.log import REQUEST_ID
 from manylora.runtime.messages import (
     Abort,
     FrontToScheduler,
@@ -44,6 +45,7 @@ from manylora.tokenizer_manager.generate_call import (
     check_prompt,
     fit_params,
 )
+from manylora.tokenizer_manager.request_metrics import RequestMetrics
 from manylora.tokenizer_manager.running_call import RunningCall
 from manylora.tokenizer_manager.scheduler_client import SchedulerClient
 from manylora.tokenizer_manager.sequence import Sequence
@@ -55,10 +57,11 @@ INLINE_CHARACTERS = 4096  # texts beyond this are tokenized in a thread, beside 
 
 
 class TokenizerManager(Administration):
-    """Lives in one event loop; every method is called there."""
+    """Lives in one event loop; every method is called there. `metrics`: what it counts of requests."""
 
     def __init__(self, pipe: Pipe[FrontToScheduler, SchedulerToFront]) -> None:
         """`pipe`: the front's end. Must be called in the event loop that will serve."""
+        self.metrics = RequestMetrics()
         self._scheduler = SchedulerClient(pipe, self._on_output, self._fail_calls)
         self._tokenizer: Tokenizer | None = None
         self._handles = itertools.count(1)
@@ -138,6 +141,7 @@ class TokenizerManager(Administration):
         ]
         for sequence, call in chosen:
             sequence.abort("Aborted by /abort_request.")
+            self.metrics.end(sequence)
             del self._running[sequence.handle]
             call.note(sequence)
         self._abort(sequence.handle for sequence, _ in chosen)
@@ -146,6 +150,7 @@ class TokenizerManager(Administration):
 
     async def _submit(self, call: GenerateCall, *, stream: bool) -> RunningCall:
         started_at = time.monotonic()
+        REQUEST_ID.set(call.name)
         self._scheduler.check_alive()
         for prompt in call.prompts:
             check_prompt(prompt, self.info)
@@ -186,6 +191,7 @@ class TokenizerManager(Administration):
         try:
             self._scheduler.send(Submit(requests))
         except UnicodeEncodeError as error:  # a lone surrogate, which JSON cannot hold and Python can
+            self._forget(running)  # it was never accepted, so nothing of it ended
             self._release(running)
             raise BadRequestError("a name or a stop string is not valid Unicode") from error
         return running
@@ -213,7 +219,9 @@ class TokenizerManager(Administration):
     def _release(self, call: RunningCall) -> None:
         """The caller is gone or has its answer: forget the call and stop what still runs for it."""
         self._rids.difference_update(sequence.rid for sequence in call.sequences)
-        self._abort(self._forget(call))
+        left = self._forget(call)
+        self.metrics.leave(len(left))
+        self._abort(left)
 
     def _forget(self, call: RunningCall) -> list[int]:
         """Listen to none of the call's sequences any more; the handles of those that had not ended."""
@@ -235,7 +243,7 @@ class TokenizerManager(Administration):
             return
         for handle in unpack_i64(message.handles):
             if entry := self._running.get(handle):
-                self._forget(entry[1])
+                self.metrics.reject(message.error.code, len(self._forget(entry[1])))
                 entry[1].fail(error_from(message.error))
 
     def _apply_step(self, output: StepOutput) -> None:
@@ -244,10 +252,13 @@ class TokenizerManager(Administration):
         for start in output.starts:
             if entry := running.get(start.handle):
                 entry[0].start(start)
-        for handle, token in zip(unpack_i64(output.handles), unpack_i32(output.tokens), strict=True):
+                self.metrics.start(entry[0], start)
+        tokens = unpack_i32(output.tokens)
+        for handle, token in zip(unpack_i64(output.handles), tokens, strict=True):
             if entry := running.get(handle):
                 entry[0].output_ids.append(token)
                 touched[handle] = entry
+        self.metrics.add_tokens(len(tokens), [sequence for sequence, _ in touched.values()])
         for chunk in output.logprobs:
             if entry := running.get(chunk.handle):
                 entry[0].add_logprobs(chunk)
@@ -262,6 +273,7 @@ class TokenizerManager(Administration):
         ended_there = sequence.ended
         stopped_here = (sequence.eager or ended_there) and sequence.advance()
         if sequence.ended:
+            self.metrics.end(sequence)
             del self._running[sequence.handle]
         call.note(sequence)
         return stopped_here and not ended_there

@@ -10,9 +10,16 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from manylora.runtime.http import adapter_admin_routes, adapter_routes, generate_routes, server_routes
+from manylora.runtime.http import (
+    adapter_admin_routes,
+    adapter_routes,
+    generate_routes,
+    metrics_routes,
+    server_routes,
+)
 from manylora.runtime.http.access import LEVELS, require_key
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors, check_ready
+from manylora.runtime.http.observe import RESPONSES, AccessLogger, observe
 
 logger = logging.getLogger("manylora.access")
 protocol_logger = logging.getLogger("manylora.protocol")
@@ -22,6 +29,7 @@ ROUTES = (
     *adapter_routes.ROUTES,
     *adapter_admin_routes.ROUTES,
     *server_routes.ROUTES,
+    *metrics_routes.ROUTES,
 )
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
@@ -31,9 +39,11 @@ SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
 def make_app(state: HttpState) -> web.Application:
     """All routes over `state`; until it is ready every one of them answers 503."""
     app = web.Application(
-        client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors, require_key, check_ready]
+        client_max_size=MAX_BODY_BYTES, middlewares=[observe, answer_errors, require_key, check_ready]
     )
     app[STATE] = state
+    app[RESPONSES] = {}
+    metrics_routes.install(app)
     app[LEVELS] = {
         app.router.add_route(route.method, route.path, route.handler): route.access for route in ROUTES
     }
@@ -61,7 +71,7 @@ async def serving(state: HttpState, listener: socket.socket) -> AsyncGenerator[N
         make_app(state),
         logger=protocol_logger,
         access_log=logger,
-        access_log_format='%a - "%r" %s',
+        access_log_class=AccessLogger,
         auto_decompress=False,
         handle_signals=False,
         handler_cancellation=True,  # a client that leaves cancels its route, which aborts its requests
