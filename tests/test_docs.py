@@ -38,7 +38,7 @@ def test_readme_lists_every_flag_with_its_default() -> None:
 def test_readme_lists_every_route_with_its_methods() -> None:
     methods: dict[str, list[str]] = {}
     for route in ROUTES:
-        methods.setdefault(route.path, []).append(route.method)
+        methods.setdefault(route.published_path, []).append(route.method)
     assert {path.strip("`"): cells[0] for path, cells in table("route").items()} == {
         path: ", ".join(sorted(names)) for path, names in methods.items()
     }

@@ -27,15 +27,16 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.syste
 UNSAFE_KEYWORDS = {"trust_remote_code", "shell"}
 
 FLAG_NAMES = """
---model-path --model --tokenizer-path --served-model-name --load-format --dtype --device --context-length
+--model-path --model --tokenizer-path --served-model-name --chat-template --load-format --dtype --device --context-length
 --random-seed --tp-size --tp --host --port --enable-lora --lora-paths --max-loras-per-batch --max-loaded-loras
 --lora-backend --max-lora-rank --lora-target-modules --lora-sharding --page-size --mem-fraction-static
 --max-total-tokens --disable-radix-cache --host-fraction --max-running-requests --max-queued-requests
 --chunked-prefill-size --disable-overlap-schedule --cuda-graph-max-bs --log-level
 """
 ROUTES = """
-POST /generate, PUT /generate, POST /abort_request, GET /health_generate, POST /load_lora_adapter,
-POST /unload_lora_adapter, GET /health, GET /v1/models, GET /get_model_info, GET /get_server_info, GET /flush_cache,
+POST /generate, PUT /generate, POST /abort_request, GET /health_generate, POST /v1/completions,
+POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model:.+}, POST /load_lora_adapter,
+POST /unload_lora_adapter, GET /health, GET /get_model_info, GET /get_server_info, GET /flush_cache,
 POST /flush_cache
 """
 

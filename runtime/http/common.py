@@ -15,6 +15,7 @@ from aiohttp.typedefs import Handler
 from manylora.runtime.api_types import decode_body
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import BadRequestError, ErrorInfo, ManyloraError, NotReadyError
+from manylora.tokenizer_manager.chat_template import ChatTemplate
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 
 logger = logging.getLogger("manylora.http")
@@ -28,11 +29,12 @@ _encoder = msgspec.json.Encoder()
 
 @dataclass
 class HttpState:
-    """What the routes act on. `ready` turns true once, after the warm-up."""
+    """What the routes act on. `ready` turns true once, after the warm-up. `chat`: the model's template, once it is known."""
 
     config: ServerConfig
     manager: TokenizerManager
     ready: bool = False
+    chat: ChatTemplate = field(default_factory=ChatTemplate)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property

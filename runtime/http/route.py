@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -19,7 +20,7 @@ class Access(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One method of one path.
+    """One method of one path, which is aiohttp's: `{name:pattern}` says what a part may be.
 
     body: the type of its JSON body, None if it takes none; answer: that of its JSON answer, None where it is something else.
     streams: with `stream: true` the answer comes as server-sent events. summary: one line for the published document.
@@ -33,3 +34,8 @@ class Route:
     body: Any = None
     answer: Any = None
     streams: bool = False
+
+    @property
+    def published_path(self) -> str:
+        """As documents write it: `{name}`."""
+        return re.sub(r"\{(\w+):[^}]*\}", r"{\1}", self.path)

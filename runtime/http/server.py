@@ -11,10 +11,18 @@ from aiohttp import web
 
 from manylora.runtime.http import adapter_routes, generate_routes, server_routes
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors
+from manylora.runtime.http.openai import chat_routes, completion_routes, model_routes
 
 logger = logging.getLogger("manylora.access")
 
-ROUTES = (*generate_routes.ROUTES, *adapter_routes.ROUTES, *server_routes.ROUTES)
+ROUTES = (
+    *generate_routes.ROUTES,
+    *completion_routes.ROUTES,
+    *chat_routes.ROUTES,
+    *model_routes.ROUTES,
+    *adapter_routes.ROUTES,
+    *server_routes.ROUTES,
+)
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
 SHUTDOWN_TIMEOUT_S = 3.0  # for answers on their way when the server ends
