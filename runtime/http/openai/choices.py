@@ -102,9 +102,9 @@ class Choice:
         for (logprob, token, _), top in zip(triples, tops, strict=True):
             start = self._num_decoded
             self._num_decoded += len(self._decoder.feed(token))
-            offset = len(self._echo) + start
+            end = self._num_decoded + self._decoder.in_character  # its text comes with the character
             self._pending.append(
-                (Token(token, _finite(logprob), top or [], offset), start, self._num_decoded)
+                (Token(token, _finite(logprob), top or [], len(self._echo) + start), start, end)
             )
 
     def _release(self, meta: MetaInfo) -> list[Token]:
