@@ -293,6 +293,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "two names of one value"),
     ({"max_tokens": 9999}, "max_tokens", "and max_tokens is 9999"),
     ({"max_completion_tokens": 9999}, "max_completion_tokens", "and max_completion_tokens is 9999"),
+    ({"n": 10**12}, "n", "n must be in [1, 128]"),
     ({"echo": True}, "echo", "unknown field `echo`"),
     ({"messages": [{"role": "user", "content": "long " * 300}]}, "messages", "leaves no room"),
     ({"messages": [{"role": "user", "content": "long " * 200_000}]}, "messages", "leaves no room"),

@@ -32,9 +32,7 @@ _LONGEST = 2**31 - 1  # tokens; the context and the pool decide
 _WORDS = {
     "text": "messages",
     "input_ids": "messages",
-    "min_new_tokens": "min_tokens",
     "top_logprobs_num": "top_logprobs",
-    "lora_path": "model",
 }
 
 
@@ -79,7 +77,7 @@ async def _make_call(state: HttpState, body: ChatBody) -> OpenAICall:
         [Choice(tokenizer, skip_special_tokens=skip) for _ in range(params.n)],
         params.n,
         bool(body.stream_options and body.stream_options.include_usage),
-        {**_WORDS, "max_new_tokens": limit},
+        {**_WORDS, **body.words, "max_new_tokens": limit},
     )
 
 

@@ -26,9 +26,7 @@ _WORDS = {
     "text": "prompt",
     "input_ids": "prompt",
     "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
     "top_logprobs_num": "logprobs",
-    "lora_path": "model",
 }
 
 Input = str | list[int]
@@ -51,7 +49,7 @@ def _make_call(state: HttpState, body: CompletionBody) -> OpenAICall:
     _check(body)
     inputs = _inputs(body.prompt)
     params = body.to_params(body.max_tokens)
-    if len(inputs) * max(params.n, 1) > MAX_SEQUENCES:
+    if len(inputs) * params.n > MAX_SEQUENCES:
         raise BadRequestError(f"a call has at most {MAX_SEQUENCES} sequences.", param="n")
     adapter = choose_adapter(state, body)
     call_id = new_id(body, "cmpl")
@@ -90,7 +88,7 @@ def _make_call(state: HttpState, body: CompletionBody) -> OpenAICall:
         choices,
         params.n,
         usage_wanted,
-        _WORDS,
+        {**_WORDS, **body.words},
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from manylora.runtime.errors import BadRequestError
-from manylora.runtime.sampling_params import SamplingParams
+from manylora.runtime.sampling_params import MAX_N, SamplingParams
 
 MAX_MESSAGES = 4096
 _ANY_OBJECT = '{"type": "object"}'
@@ -48,7 +48,13 @@ class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             return None
         if self.json_schema is None or self.json_schema.schema is None:
             return _ANY_OBJECT
-        return msgspec.json.encode(self.json_schema.schema).decode()
+        try:
+            return msgspec.json.encode(self.json_schema.schema).decode()
+        except RecursionError as error:
+            raise BadRequestError(
+                "response_format.json_schema.schema is nested too deeply.",
+                param="response_format.json_schema.schema",
+            ) from error
 
 
 class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -87,6 +93,12 @@ class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ebnf: str | None = None
     json_schema: str | None = None
 
+    @property
+    def words(self) -> dict[str, str]:
+        """Our names of fields -> those the client used, as far as they differ on both routes."""
+        words = {"min_new_tokens": "min_tokens", "lora_path": "model"}
+        return {**words, "json_schema": "response_format"} if self.response_format else words
+
     def check_common(self) -> None:
         """Raise BadRequestError where fields contradict each other or ask for what is not implemented."""
         if self.stream_options is not None:
@@ -97,6 +109,8 @@ class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                     "stream_options.include_obfuscation is not implemented.",
                     param="stream_options.include_obfuscation",
                 )
+        if self.n is not None and not 1 <= self.n <= MAX_N:  # before anything is made n times
+            raise BadRequestError(f"n must be in [1, {MAX_N}], got {self.n}.", param="n")
         if self.seed is not None and not -_SEEDS <= self.seed < _SEEDS:
             raise BadRequestError(f"seed must be in [-2^63, 2^63), got {self.seed}.", param="seed")
 
