@@ -20,7 +20,7 @@ MAX_INPUTS = 1024  # texts or id lists in one call
 MAX_SEQUENCES = 4096  # inputs times their n
 
 T = TypeVar("T")
-_PLACE = re.compile(r" - at `\$\.?([^`]*)`\Z")
+_PLACE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`\Z")
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
 
 

@@ -37,6 +37,7 @@ class ModelArgs(msgspec.Struct, frozen=True, kw_only=True):
     device: Device = "auto"
     context_length: int | None = None  # None: the model's own
     random_seed: int = 0
+    chat_template: str = ""  # a file; "": the tokenizer's own
 
 
 class LoRAArgs(msgspec.Struct, frozen=True, kw_only=True):

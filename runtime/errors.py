@@ -113,6 +113,32 @@ class AdapterNotFoundError(BadRequestError):
     code = "adapter_not_found"
 
 
+class UnknownModelError(ManyloraError):
+    """`model` of an OpenAI-style request is neither the base model nor a loaded adapter."""
+
+    code = "model_not_found"
+    status = 404
+
+
+class NoChatTemplateError(BadRequestError):
+    """A chat was asked of a model that has no chat template."""
+
+    code = "no_chat_template"
+
+
+class ChatTemplateError(BadRequestError):
+    """The chat template refused the messages, failed, or did not end in time."""
+
+    code = "chat_template_failed"
+
+
+class RequestAbortedError(ManyloraError):
+    """An OpenAI-style request was ended by `/abort_request`: those have no finish reason that would say so."""
+
+    code = "request_aborted"
+    status = 499
+
+
 class LoRADisabledError(BadRequestError):
     """Adapters were asked of a server started without `--enable-lora` or `--lora-paths`."""
 

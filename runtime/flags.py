@@ -71,6 +71,9 @@ FLAGS = (
     ),
     Flag("tokenizer_path", "model", "directory or hub id of the tokenizer; default: the model's"),
     Flag("served_model_name", "model", "name of the base model in /v1/models; default: the model path"),
+    Flag(
+        "chat_template", "model", "file with the template of /v1/chat/completions; default: the tokenizer's"
+    ),
     Flag("load_format", "model", "dummy: random weights of the model's shapes, nothing is read"),
     Flag("dtype", "model", "of weights and KV; auto: the checkpoint's, float32 on CPU"),
     Flag("device", "model", "auto: cuda if there is one"),

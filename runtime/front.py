@@ -21,6 +21,7 @@ from manylora.runtime.keys import Keys, read_keys
 from manylora.runtime.log import REQUEST_ID
 from manylora.runtime.messages import EngineFailed, FrontToScheduler, SchedulerToFront
 from manylora.runtime.sampling_params import SamplingParams
+from manylora.tokenizer_manager.chat_template import ChatTemplate, find_chat_template
 from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 
@@ -77,7 +78,9 @@ async def _serve(config: ServerConfig, context: ChildContext, listener: socket.s
     state = HttpState(config, manager, keys)
     try:
         async with serving(state, listener):
-            await manager.start()
+            info = await manager.start()
+            template = find_chat_template(info.tokenizer_dir or info.model_dir, config.model.chat_template)
+            state.chat = ChatTemplate(template, manager.tokenizer.special_tokens)
             await _warm_up(manager)
             manager.metrics.clear()  # it was nobody's request
             REQUEST_ID.set("")
@@ -90,6 +93,7 @@ async def _serve(config: ServerConfig, context: ChildContext, listener: socket.s
             raise
     finally:
         orders.close()
+        state.chat.close()
         manager.close()
         pipe.close()
 

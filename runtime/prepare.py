@@ -50,6 +50,7 @@ def prepare(config: ServerConfig) -> ServerConfig:
             tokenizer_path=tokenizer_dir,
             device=device,
             dtype=resolve_dtype(args.dtype, model, device),
+            chat_template=check_chat_template(args.chat_template),
             context_length=context_length,
         ),
         schedule=msgspec.structs.replace(
@@ -104,6 +105,24 @@ def resolve_dtype(asked: Dtype, model: ModelConfig, device: Device) -> Dtype:
     if asked != "auto":
         return asked
     return "float32" if device == "cpu" else msgspec.convert(model.dtype, Dtype)
+
+
+def check_chat_template(path: str) -> str:
+    """The absolute path of `--chat-template`, "" if it was not given; ConfigError if the file is no template."""
+    if not path:
+        return ""
+    from jinja2 import TemplateError  # only a template of its own pays for it
+
+    from manylora.tokenizer_manager.template_process import compile_template
+
+    file = Path(path).resolve()
+    try:
+        compile_template(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--chat-template {path} cannot be read: {error}", param="chat_template") from error
+    except TemplateError as error:
+        raise ConfigError(f"--chat-template {path}: {error}", param="chat_template") from error
+    return str(file)
 
 
 def cuda_device_count() -> int:

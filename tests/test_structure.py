@@ -27,7 +27,7 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.syste
 UNSAFE_KEYWORDS = {"trust_remote_code", "shell"}
 
 FLAG_NAMES = """
---model-path --model --tokenizer-path --served-model-name --load-format --dtype --device --context-length
+--model-path --model --tokenizer-path --served-model-name --chat-template --load-format --dtype --device --context-length
 --random-seed --tp-size --tp --host --port --api-key-file --admin-key-file --insecure
 --adapter-root --allow-hub --enable-lora --lora-paths --max-loras-per-batch --max-loaded-loras
 --lora-backend --max-lora-rank --lora-target-modules --lora-sharding --page-size --mem-fraction-static
@@ -35,10 +35,11 @@ FLAG_NAMES = """
 --chunked-prefill-size --disable-overlap-schedule --cuda-graph-max-bs --log-level --log-format
 """
 ROUTES = """
-POST /generate, PUT /generate, POST /abort_request, GET /health_generate, POST /load_lora_adapter,
+POST /generate, PUT /generate, POST /abort_request, GET /health_generate, POST /v1/completions,
+POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model}, POST /load_lora_adapter,
 POST /unload_lora_adapter, GET /v1/adapters, GET /v1/adapters/{name}, PUT /v1/adapters/{name},
-PATCH /v1/adapters/{name}, DELETE /v1/adapters/{name}, GET /health, GET /v1/models, GET /get_model_info, GET /get_server_info, GET /flush_cache,
-POST /flush_cache, GET /metrics
+PATCH /v1/adapters/{name}, DELETE /v1/adapters/{name}, GET /health, GET /get_model_info, GET /get_server_info,
+GET /flush_cache, POST /flush_cache, GET /metrics
 """
 
 # Forks once per module from a process that has loaded the heavy packages already, so that each import is a first one

@@ -21,7 +21,8 @@ MAX_STOP_LENGTH = 1024  # characters of one stop string
 class Prompt(msgspec.Struct, frozen=True):
     """One input of a call and what is asked of it. `text` or `input_ids`, the other is None.
 
-    `logprob_start_len` -1: logprobs of generated tokens only.
+    `logprob_start_len` -1: logprobs of generated tokens only. `new_logprobs_only`: in a stream each answer has only those
+    that the one before had not. `default_new_tokens`: most tokens of an answer for which no max_new_tokens is given.
     """
 
     rid: str
@@ -33,16 +34,20 @@ class Prompt(msgspec.Struct, frozen=True):
     top_logprobs_num: int = 0
     logprob_start_len: int = -1
     return_text_in_logprobs: bool = False
+    new_logprobs_only: bool = False
+    default_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
 
 
 class GenerateCall(msgspec.Struct, frozen=True):
     """All inputs of one call: admitted whole or refused whole.
 
     `as_list`: the client gave a list, so it gets one. With params.n > 1 it gets one as well (`answers_list`).
+    `add_special_tokens`: texts get what the tokenizer adds (BOS); a rendered chat has its own.
     """
 
     prompts: Sequence[Prompt]
     as_list: bool = False
+    add_special_tokens: bool = True
 
     @property
     def answers_list(self) -> bool:
@@ -125,7 +130,9 @@ def fit_params(prompt: Prompt, num_tokens: int, info: ServerInfo) -> SamplingPar
         )
     wanted = params.max_new_tokens
     if wanted is None:
-        wanted = min(DEFAULT_MAX_NEW_TOKENS, room)
+        # Half of the pool stays for adapters: nobody asked for so long an answer.
+        pool_share = max(DEFAULT_MAX_NEW_TOKENS, (info.max_total_tokens - num_tokens) // 2)
+        wanted = min(prompt.default_new_tokens, room, pool_share)
     if wanted > room:
         raise ContextLengthError(
             f"The prompt has {num_tokens} tokens and max_new_tokens is {wanted}: together {num_tokens + wanted}, "

@@ -23,6 +23,11 @@ class IncrementalDecoder:
         self._known = len(pieces)
         self._decoder = _make_utf8_decoder("replace")
 
+    @property
+    def in_character(self) -> bool:
+        """The last token ended in the middle of a character."""
+        return bool(self._decoder.getstate()[0])
+
     def feed(self, token: int) -> str:
         """The text that `token` completes."""
         return self._decoder.decode(self._pieces[token]) if token < self._known else ""

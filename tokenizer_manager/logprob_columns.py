@@ -20,6 +20,10 @@ class LogprobColumns:
         self._top_ids = array("i")
         self._top_logprobs = array("f")
 
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self._ids)
+
     def extend(self, chunk: LogprobChunk) -> None:
         self._ids.extend(unpack_i32(chunk.token_ids))
         self._logprobs.extend(unpack_f32(chunk.logprobs))
@@ -32,21 +36,24 @@ class LogprobColumns:
         del self._ids[count:], self._logprobs[count:]
         del self._top_ids[count * num_top :], self._top_logprobs[count * num_top :]
 
-    def tokens(self, pieces: Sequence[bytes] | None, first: int | None = None) -> list[TokenLogprob]:
-        """One triple per token. `pieces`: for the text, None leaves it null. `first`: a token before all others, which
-        has no logprob because nothing predicted it.
+    def tokens(
+        self, pieces: Sequence[bytes] | None, first: int | None = None, *, start: int = 0
+    ) -> list[TokenLogprob]:
+        """One triple per token from `start` on. `pieces`: for the text, None leaves it null. `first`: a token before all
+        others, which has no logprob because nothing predicted it.
         """
-        triples = _triples(self._logprobs, self._ids, pieces)
+        triples = _triples(self._logprobs[start:], self._ids[start:], pieces)
         return triples if first is None else [(None, first, _text(pieces, first)), *triples]
 
     def tops(
-        self, pieces: Sequence[bytes] | None, first: int | None = None
+        self, pieces: Sequence[bytes] | None, first: int | None = None, *, start: int = 0
     ) -> list[list[TokenLogprob] | None]:
-        """Per token its best candidates, best first; null for `first`."""
+        """Per token from `start` on its best candidates, best first; null for `first`."""
         num_top = self._num_top()
-        triples = _triples(self._top_logprobs, self._top_ids, pieces)
+        skip = start * num_top
+        triples = _triples(self._top_logprobs[skip:], self._top_ids[skip:], pieces)
         rows: list[list[TokenLogprob] | None] = [] if first is None else [None]
-        rows.extend(triples[i * num_top : (i + 1) * num_top] for i in range(len(self._ids)))
+        rows.extend(triples[i * num_top : (i + 1) * num_top] for i in range(len(self) - start))
         return rows
 
     def _num_top(self) -> int:

@@ -34,6 +34,7 @@ class Sequence:
         "_index",
         "_lora_version",
         "_num_decoded",
+        "_num_logprobs_told",
         "_output_logprobs",
         "_params",
         "_parts",
@@ -84,6 +85,7 @@ class Sequence:
         self._text_length = 0
         self._prompt_logprobs = LogprobColumns()
         self._output_logprobs = LogprobColumns()
+        self._num_logprobs_told: int | None = None  # of the answer's tokens; None: not even the prompt's
 
     @property
     def ended(self) -> bool:
@@ -184,12 +186,17 @@ class Sequence:
     def _with_logprobs(self, meta: MetaInfo) -> MetaInfo:
         prompt = self._prompt
         pieces = self._tokenizer.pieces if prompt.return_text_in_logprobs else None
+        prompt_columns, start = self._prompt_logprobs, self._num_logprobs_told or 0
         first = self._prompt_ids[prompt.logprob_start_len] if prompt.logprob_start_len >= 0 else None
+        if self._num_logprobs_told is not None:
+            prompt_columns, first = LogprobColumns(), None
+        if prompt.new_logprobs_only:
+            self._num_logprobs_told = len(self._output_logprobs)
         tops = prompt.top_logprobs_num > 0
         return msgspec.structs.replace(
             meta,
-            input_token_logprobs=self._prompt_logprobs.tokens(pieces, first),
-            output_token_logprobs=self._output_logprobs.tokens(pieces),
-            input_top_logprobs=self._prompt_logprobs.tops(pieces, first) if tops else msgspec.UNSET,
-            output_top_logprobs=self._output_logprobs.tops(pieces) if tops else msgspec.UNSET,
+            input_token_logprobs=prompt_columns.tokens(pieces, first),
+            output_token_logprobs=self._output_logprobs.tokens(pieces, start=start),
+            input_top_logprobs=prompt_columns.tops(pieces, first) if tops else msgspec.UNSET,
+            output_top_logprobs=self._output_logprobs.tops(pieces, start=start) if tops else msgspec.UNSET,
         )

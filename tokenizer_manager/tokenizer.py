@@ -37,6 +37,7 @@ class Tokenizer:
 
     pieces: the bytes of each id; an id the tokenizer does not know is empty.
     visible_pieces: the same, special tokens empty (`skip_special_tokens`).
+    special_tokens: the named ones (`bos_token`, …) as text.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -48,7 +49,7 @@ class Tokenizer:
         layout = _read_json(path)
         config = _read_optional_json(Path(directory) / "tokenizer_config.json")
         special_map = _read_optional_json(Path(directory) / "special_tokens_map.json")
-        named = _named_special_tokens({**special_map, **config})
+        self.special_tokens = named = _named_special_tokens({**special_map, **config})
         try:
             self._file = TokenizerFile.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -65,27 +66,30 @@ class Tokenizer:
         """One more than the largest id."""
         return len(self.pieces)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, with the special tokens the model's config says (usually a leading BOS).
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Ids of each text, with the special tokens the model's config says (usually a leading BOS) if wanted.
 
         Raises BadRequestError for a text that is not Unicode (a lone surrogate).
         """
         try:
-            return [encoding.ids for encoding in self._file.encode_batch_fast(list(texts))]
+            encodings = self._file.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
         except (TypeError, UnicodeEncodeError) as error:
             raise BadRequestError("text is not valid Unicode", param="text") from error
 
-    def encode_long(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    def encode_long(
+        self, texts: Sequence[str], max_tokens: int, *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """`encode` in bounded memory: what the library makes of a text takes a hundred times the text's own.
 
         Raises ContextLengthError, without encoding the rest, for a text that is certainly longer than `max_tokens`.
         """
         if sum(map(len, texts)) <= BATCH_CHARACTERS:
-            return self.encode(texts)
+            return self.encode(texts, add_special_tokens=add_special_tokens)
         id_lists: list[list[int]] = []
         for text in texts:
             self._check_length(text, max_tokens)
-            id_lists += self.encode([text])
+            id_lists += self.encode([text], add_special_tokens=add_special_tokens)
         return id_lists
 
     def _check_length(self, text: str, max_tokens: int) -> None:

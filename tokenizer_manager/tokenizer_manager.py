@@ -40,7 +40,6 @@ from manylora.tokenizer_manager.administration import Administration
 from manylora.tokenizer_manager.answer import Answer
 from manylora.tokenizer_manager.generate_call import (
     GenerateCall,
-    Prompt,
     check_encoded,
     check_prompt,
     fit_params,
@@ -154,7 +153,7 @@ class TokenizerManager(Administration):
         self._scheduler.check_alive()
         for prompt in call.prompts:
             check_prompt(prompt, self.info)
-        prompt_ids = await self._encode(call.prompts)
+        prompt_ids = await self._encode(call)
         self._scheduler.check_alive()
         requests: list[GenerateReq] = []
         sequences: list[Sequence] = []
@@ -196,16 +195,19 @@ class TokenizerManager(Administration):
             raise BadRequestError("a name or a stop string is not valid Unicode") from error
         return running
 
-    async def _encode(self, prompts: Iterable[Prompt]) -> list[list[int]]:
-        texts = [prompt.text for prompt in prompts if prompt.text is not None]
+    async def _encode(self, call: GenerateCall) -> list[list[int]]:
+        texts = [prompt.text for prompt in call.prompts if prompt.text is not None]
+        special = call.add_special_tokens
         if sum(map(len, texts)) > INLINE_CHARACTERS:
-            id_lists = await asyncio.to_thread(self.tokenizer.encode_long, texts, self.info.context_length)
+            id_lists = await asyncio.to_thread(
+                self.tokenizer.encode_long, texts, self.info.context_length, add_special_tokens=special
+            )
         else:
-            id_lists = self.tokenizer.encode(texts)
+            id_lists = self.tokenizer.encode(texts, add_special_tokens=special)
         for ids in id_lists:
             check_encoded(ids, self.info.model.vocab_size)
         encoded = iter(id_lists)
-        return [next(encoded) if prompt.input_ids is None else prompt.input_ids for prompt in prompts]
+        return [next(encoded) if prompt.input_ids is None else prompt.input_ids for prompt in call.prompts]
 
     def _take_rids(self, sequences: list[Sequence]) -> None:
         rids = [sequence.rid for sequence in sequences]

@@ -16,6 +16,7 @@ from manylora.runtime.api_types import decode_body
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import BadRequestError, ErrorInfo, ManyloraError, NotReadyError
 from manylora.runtime.keys import Keys
+from manylora.tokenizer_manager.chat_template import ChatTemplate
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 
 logger = logging.getLogger("manylora.http")
@@ -29,12 +30,13 @@ _encoder = msgspec.json.Encoder()
 
 @dataclass
 class HttpState:
-    """What the routes act on. `ready` turns true once, after the warm-up."""
+    """What the routes act on. `ready` turns true once, after the warm-up. `chat`: the model's template, once it is known."""
 
     config: ServerConfig
     manager: TokenizerManager
     keys: Keys = field(default_factory=Keys)
     ready: bool = False
+    chat: ChatTemplate = field(default_factory=ChatTemplate)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property

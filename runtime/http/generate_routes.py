@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from aiohttp import web
 
 from manylora.runtime.api_types import AbortBody, GenerateBody
-from manylora.runtime.errors import ManyloraError, NotReadyError
-from manylora.runtime.http.common import STATE, encode, error_body, json_response, read_body
+from manylora.runtime.errors import NotReadyError
+from manylora.runtime.http.common import STATE, json_response, read_body
+from manylora.runtime.http.event_stream import stream_events
 from manylora.runtime.http.route import Access, Route
 from manylora.runtime.sampling_params import SamplingParams
-from manylora.tokenizer_manager.generate_call import GenerateCall
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 
-WRITE_TIMEOUT_S = 30.0  # a client that reads nothing for so long is gone
 HEALTH_TIMEOUT_S = 20.0
-_DONE = b"data: [DONE]\n\n"
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
-    """One answer for one input, a list for a list or n > 1; with `stream`, server-sent events."""
+    """One answer for one input, a list for a list or n > 1. With `stream`, server-sent events, each with all of one
+    answer's text so far.
+    """
     body = await read_body(request, GenerateBody)
     call = body.to_call()
     if body.stream:
-        return await _stream(request, call)
+        return await stream_events(request, request.app[STATE].manager.stream(call))
     answers = await request.app[STATE].manager.generate(call)
     return json_response(answers if call.answers_list else answers[0])
-
-
-async def _stream(request: web.Request, call: GenerateCall) -> web.StreamResponse:
-    """Each event has all of one answer's text so far. An error that comes after the first event is the last one."""
-    response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
-    response.content_type, response.charset = "text/event-stream", "utf-8"
-    async with contextlib.aclosing(request.app[STATE].manager.stream(call)) as answers:
-        changed = await anext(answers)  # a refusal is still an ordinary error response
-        await response.prepare(request)
-        try:
-            while changed:
-                await _write(response, b"".join(b"data: %s\n\n" % encode(answer) for answer in changed))
-                changed = await anext(answers, None)
-            await _write(response, _DONE)
-        except ManyloraError as error:
-            await _write(response, b"data: %s\n\n" % encode(error_body(error.info())) + _DONE)
-        except TimeoutError:
-            if request.transport is not None:
-                request.transport.abort()
-    return response
-
-
-async def _write(response: web.StreamResponse, data: bytes) -> None:
-    async with asyncio.timeout(WRITE_TIMEOUT_S):
-        await response.write(data)
 
 
 async def health_generate(request: web.Request) -> web.Response:

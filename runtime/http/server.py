@@ -20,12 +20,16 @@ from manylora.runtime.http import (
 from manylora.runtime.http.access import LEVELS, require_key
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors, check_ready
 from manylora.runtime.http.observe import RESPONSES, AccessLogger, observe
+from manylora.runtime.http.openai import chat_routes, completion_routes, model_routes
 
 logger = logging.getLogger("manylora.access")
 protocol_logger = logging.getLogger("manylora.protocol")
 
 ROUTES = (
     *generate_routes.ROUTES,
+    *completion_routes.ROUTES,
+    *chat_routes.ROUTES,
+    *model_routes.ROUTES,
     *adapter_routes.ROUTES,
     *adapter_admin_routes.ROUTES,
     *server_routes.ROUTES,

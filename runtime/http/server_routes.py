@@ -1,12 +1,10 @@
-"""The routes about models and the server itself."""
+"""The routes about the server itself."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from aiohttp import web
 
-from manylora.runtime.http.common import STATE, HttpState, json_response
+from manylora.runtime.http.common import STATE, json_response
 from manylora.runtime.http.route import Access, Route
 from manylora.runtime.server_info import describe_server
 
@@ -14,15 +12,6 @@ _FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. "
     "(When there are running or waiting requests, the operation will not be performed.)\n"
 )
-
-
-async def list_models(request: web.Request) -> web.Response:
-    """The base model's card, then one per loaded adapter in load order."""
-    state = request.app[STATE]
-    adapters = (await state.manager.state()).adapters
-    cards = [_card(state, state.model_name, state.config.model.model_path, None)]
-    cards += [_card(state, one.lora_name, one.lora_path, state.model_name) for one in adapters]
-    return json_response({"object": "list", "data": cards})
 
 
 async def health(_request: web.Request) -> web.Response:
@@ -55,21 +44,8 @@ async def flush_cache(request: web.Request) -> web.Response:
     return web.Response(text=_FLUSHED)
 
 
-def _card(state: HttpState, name: str, root: str, parent: str | None) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": state.started_at,
-        "owned_by": "manylora",
-        "root": root,
-        "parent": parent,
-        "max_model_len": state.manager.info.context_length,
-    }
-
-
 ROUTES = (
     Route("GET", "/health", health, Access.PUBLIC, "Whether the server serves."),
-    Route("GET", "/v1/models", list_models, Access.USER, "The base model and every loaded adapter."),
     Route("GET", "/get_model_info", get_model_info, Access.USER, "The model's paths."),
     Route(
         "GET",

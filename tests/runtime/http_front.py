@@ -17,6 +17,7 @@ from manylora.runtime.http.common import HttpState
 from manylora.runtime.http.server import serving
 from manylora.runtime.keys import Keys
 from manylora.runtime.launch import bind
+from manylora.tokenizer_manager.chat_template import ChatTemplate, find_chat_template
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 from tests.tokenizer_manager.fake_scheduler import FakeScheduler, fake_pair
 
@@ -52,9 +53,9 @@ class HttpFront:
         assert set(error) == {"message", "type", "code", "param"}
         return status, error["code"], error["param"], error["message"]
 
-    async def events(self, body: dict[str, Any]) -> list[Any]:
-        """All server-sent events of a streaming /generate, decoded but for the last, [DONE]."""
-        async with self.client.post("/generate", json={**body, "stream": True}) as response:
+    async def events(self, body: dict[str, Any], path: str = "/generate") -> list[Any]:
+        """All server-sent events of a streaming route, decoded but for the last, [DONE]."""
+        async with self.client.post(path, json={**body, "stream": True}) as response:
             assert response.status == 200
             assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
             raw = (await response.read()).decode()
@@ -80,11 +81,14 @@ async def served(
             if started:
                 await scheduler.announce(tokenizer_dir)
                 await manager.start()
+                template = find_chat_template(tokenizer_dir)
+                state.chat = ChatTemplate(template, manager.tokenizer.special_tokens)
                 state.ready = True
             port = listener.getsockname()[1]
             async with serving(state, listener), aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
                 yield HttpFront(state, scheduler, client, port)
         finally:
+            state.chat.close()
             manager.close()
             listener.close()
             await asyncio.sleep(0)  # closed transports report in the next turn of the loop

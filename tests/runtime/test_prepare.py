@@ -152,3 +152,30 @@ def test_a_root_that_is_no_directory(root: str, tmp_path: Path, monkeypatch: pyt
     check_roots((str(tmp_path), "."))
     with pytest.raises(ConfigError, match=f"--adapter-root {root or repr('')} is not a directory"):
         check_roots((".", root))
+
+
+def test_chat_template_of_the_operators(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepare(asked(model_dir)).model.chat_template == ""
+    (model_dir / "mine.jinja").write_text("{% generation %}{{ messages }}{% endgeneration %}")
+    monkeypatch.chdir(model_dir)
+    config = prepare(asked(model_dir, chat_template="mine.jinja"))
+    assert config.model.chat_template == str(model_dir / "mine.jinja")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--chat-template .* cannot be read: .*No such file"),
+        (b"\xff", "--chat-template .* cannot be read: .*utf-8"),
+        (b"{% if %}", "--chat-template .*: Expected an expression"),
+    ],
+)
+def test_a_chat_template_that_is_none_ends_the_start(
+    model_dir: Path, content: bytes | None, message: str
+) -> None:
+    file = model_dir / "mine.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare(asked(model_dir, chat_template=str(file)))
+    assert caught.value.param == "chat_template"
