@@ -18,7 +18,8 @@ from manylora.kernels.dependent_launch import (
     overlapping,
     wait_for_earlier,
 )
-from manylora.kernels.lora_planes_triton import add_to, can_prefetch, load_b, prefetch, scaled_plane
+from manylora.kernels.lora_planes_triton import add_to, can_prefetch, load_b
+from manylora.kernels.lora_units_triton import load_slice, shortest_run
 from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs, registers
 
 _MAX_MODULES = 3
@@ -106,74 +107,6 @@ def _default_launch(work: LoRAWork) -> Launch:
     return _SOME if work.num_tokens <= _SOME_TOKENS else _MANY
 
 
-@triton.jit
-def _shortest_run(num_tiles, blocks_0, blocks_1, blocks_2, programs):
-    """Blocks of a unit, so that the programs have one unit each if that can be: runs end with a module's blocks."""
-    longest = tl.maximum(blocks_0, tl.maximum(blocks_1, blocks_2))
-    run = tl.maximum(tl.cdiv(num_tiles * (blocks_0 + blocks_1 + blocks_2), programs), 1)
-    units = num_tiles * (tl.cdiv(blocks_0, run) + tl.cdiv(blocks_1, run) + tl.cdiv(blocks_2, run))
-    while (units > programs) & (run < longest):
-        run += 1
-        units = num_tiles * (tl.cdiv(blocks_0, run) + tl.cdiv(blocks_1, run) + tl.cdiv(blocks_2, run))
-    return run
-
-
-@triton.jit
-def _load_slice(
-    pages,
-    planes,
-    part_stride,
-    chunk_stride,
-    plane_stride,
-    offsets,
-    offsets_row,
-    widths,
-    widths_row,
-    scalings,
-    scalings_row,
-    row_at,
-    plane,
-    count,
-    begin,
-    end,
-    token,
-    in_tile,
-    columns,
-    PARTS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    QUANTUM: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """Where a slice's B piece starts, its width, and its scaled plane, transposed (BLOCK_R, TILE_TOKENS), in the type of
-    B; without a piece, or with plane ≥ count, width and plane are zero.
-
-    begin, end: the first rows of B that will be read; there are some. planes, offsets, widths, scalings: pointers to the
-    module's column; row_at: to the slice's row of the slice table.
-    """
-    known = plane < count
-    slice_row = tl.load(row_at, mask=known, other=0).to(tl.int64)
-    offset = tl.load(offsets + slice_row * offsets_row, mask=known, other=-1)
-    width = tl.load(widths + slice_row * widths_row, mask=known, other=0)
-    scaling = tl.load(scalings + slice_row * scalings_row, mask=known, other=0.0)
-    has_piece = offset >= 0
-    # Not a hint on the offset's load, which is lost where the compiler finds `known` to be always true.
-    piece = tl.multiple_of(pages + tl.where(has_piece, offset, 0), 16)
-    width = tl.multiple_of(tl.where(has_piece, width, 0), QUANTUM)
-    scaling = tl.where(has_piece, scaling, 0.0)
-    if PREFETCH:  # because the tile's plane, which is read next, comes before any product
-        rows = piece + tl.cast(begin, tl.int64) * width
-        prefetch(rows, (end - begin) * width * (pages.dtype.element_ty.primitive_bitwidth // 8))
-    wait_for_earlier(OVERLAPS)
-    let_next_start(OVERLAPS)
-    hidden = scaled_plane(
-        planes + tl.cast(plane, tl.int64) * plane_stride, part_stride, chunk_stride, token, in_tile, width,
-        scaling, columns, PARTS, CHUNKS, BLOCK_R,
-    )  # fmt: skip
-    return piece, width, tl.trans(hidden.to(pages.dtype.element_ty))
-
-
 @triton.jit(
     do_not_specialize=[
         "part_stride", "chunk_stride", "plane_stride", "blocks_0", "blocks_1", "blocks_2"
@@ -226,7 +159,7 @@ def _lora_expand_decode(
     multiplied one by one, so that time follows their widths; of up to four, the pieces are read side by side.
     """
     tiles_here = tl.load(num_tiles)
-    run = _shortest_run(tiles_here, blocks_0, blocks_1, blocks_2, tl.num_programs(0))
+    run = shortest_run(tiles_here, blocks_0, blocks_1, blocks_2, tl.num_programs(0))
     runs_0, runs_1 = tl.cdiv(blocks_0, run), tl.cdiv(blocks_1, run)
     num_runs = runs_0 + runs_1 + tl.cdiv(blocks_2, run)
     num_units = tiles_here * num_runs
@@ -255,26 +188,26 @@ def _lora_expand_decode(
         in_tile = token < tokens
         token = (first + token).to(tl.int64)
         if count <= 4:
-            piece, width, hidden = _load_slice(  # pyright: ignore[reportGeneralTypeIssues]
+            piece, width, hidden = load_slice(  # pyright: ignore[reportGeneralTypeIssues]
                 pages, planes_module, part_stride, chunk_stride, plane_stride,
                 offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
                 tile + 4, 0, count, begin, ahead, token, in_tile, columns,
                 PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
             )  # fmt: skip
             if count > 1:
-                piece_1, width_1, hidden_1 = _load_slice(
+                piece_1, width_1, hidden_1 = load_slice(
                     pages, planes_module, part_stride, chunk_stride, plane_stride,
                     offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
                     slices + entry + 1, 1, count, begin, ahead, token, in_tile, columns,
                     PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
                 )  # fmt: skip
-                piece_2, width_2, hidden_2 = _load_slice(
+                piece_2, width_2, hidden_2 = load_slice(
                     pages, planes_module, part_stride, chunk_stride, plane_stride,
                     offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
                     slices + entry + 2, 2, count, begin, ahead, token, in_tile, columns,
                     PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
                 )  # fmt: skip
-                piece_3, width_3, hidden_3 = _load_slice(
+                piece_3, width_3, hidden_3 = load_slice(
                     pages, planes_module, part_stride, chunk_stride, plane_stride,
                     offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
                     slices + entry + 3, 3, count, begin, ahead, token, in_tile, columns,
@@ -320,7 +253,7 @@ def _lora_expand_decode(
                 start_end = tl.minimum(start + BLOCK_N, end)
                 acc = tl.zeros((BLOCK_N, TILE_TOKENS), tl.float32)
                 for plane in range(count):
-                    piece, width, hidden = _load_slice(
+                    piece, width, hidden = load_slice(
                         pages, planes_module, part_stride, chunk_stride, plane_stride,
                         offsets_at, offsets_row, widths_at, widths_row, scalings_at, scalings_row,
                         slices + entry + plane, plane, count, start, start_end, token, in_tile, columns,

@@ -86,7 +86,7 @@ def test_a_localhost_that_is_none(
 ) -> None:
     """Somebody's name resolution says so: then it is not open to all for the sake of its name."""
     monkeypatch.setattr("manylora.runtime.launch.bind", lambda _host, port: bind("0.0.0.0", port))
-    monkeypatch.setattr("manylora.runtime.launch.setup_logging", lambda *_: None)
+    monkeypatch.setattr("manylora.runtime.launch.setup_logging", lambda *_, **__: None)
     http = HttpArgs(host="localhost", port=0)
     assert serve(ServerConfig(model=ModelArgs(model_path="m"), http=http)) == 1
     assert capsys.readouterr().err == "manylora: error: --host localhost is no loopback address here\n"
