@@ -10,22 +10,29 @@ its own memory and the depth of its stack, both to less than the asker has.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 from manylora.runtime.errors import BadGrammarError, ErrorInfo, GrammarTooComplexError, ManyloraError
 from manylora.scheduler.guidance import GuidanceTokenizer
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 MEMORY_BYTES = 256 << 20
 _STACK_BYTES = 4 << 20
+# So much space between two tokens of JSON is layout; a model that finds nothing better to write would go on for ever.
+_WRITING: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+_ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|.)", re.DOTALL)
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -44,10 +51,12 @@ def guidance_form(kind: str, text: str) -> str:
     """A grammar of our three kinds in llguidance's form. Raises BadGrammarError or GrammarTooComplexError."""
     try:
         if kind == "json_schema":
-            return LLMatcher.grammar_from_json_schema(json.dumps(_schema(text)))
+            return _json_form(text)
         if kind == "regex":
             return LLMatcher.grammar_from_regex(text)
-        return LLMatcher.grammar_from_lark(any_to_lark(text))
+        return LLMatcher.grammar_from_lark(
+            text if is_lark_syntax(text) else gbnf_to_lark(_plain_escapes(text))
+        )
     except RecursionError:
         raise GrammarTooComplexError(f"{kind} is nested too deeply.") from None
     except ManyloraError:
@@ -66,10 +75,26 @@ def check(tokenizer: GuidanceTokenizer, question: Question) -> Verdict:
     return Verdict(grammar)
 
 
-def _schema(text: str) -> object:
+def _plain_escapes(text: str) -> str:
+    """GBNF with every \\u and \\U escape as the character itself, or as \\x where that could mean something else."""
+
+    def plain(match: re.Match[str]) -> str:
+        if (digits := match[1] or match[2]) is None:
+            return match[0]
+        code = int(digits, 16)
+        if not 0 < code < 0x110000 or 0xD800 <= code < 0xE000:
+            raise BadGrammarError(f"ebnf is malformed: {match[0]} is no character.")
+        return chr(code) if code >= 0xA0 else f"\\x{code:02x}"
+
+    return _ESCAPE.sub(plain, text)
+
+
+def _json_form(text: str) -> str:
     schema: object = json.loads(text)
-    if isinstance(schema, dict | bool):
-        return cast("object", schema)
+    if isinstance(schema, bool):
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    if isinstance(schema, dict):
+        return LLMatcher.grammar_from_json_schema(cast("dict[str, Any]", schema), defaults=_WRITING)
     raise BadGrammarError("json_schema must be the JSON text of an object or a boolean.")
 
 

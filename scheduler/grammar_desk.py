@@ -13,7 +13,7 @@ from manylora.runtime.messages import Submit
 from manylora.scheduler.grammar import Compiled, CompileJob, Grammar, GrammarSource, source_of
 from manylora.scheduler.outbox import Outbox
 
-MAX_REMEMBERED = 64  # grammars; a large one takes megabytes
+MAX_REMEMBERED = 32  # grammars; a large one takes megabytes
 
 Grammars = dict[GrammarSource, Grammar]
 

@@ -259,7 +259,7 @@ class Scheduler:
 
     def _flush(self, call: FlushCache) -> None:
         error = None
-        if self._roster.live:
+        if self._roster.live or self._grammars.busy:
             error = BusyError("The cache cannot be flushed while requests run or wait.").info()
         else:
             self._memory.tree.clear()

@@ -20,9 +20,11 @@ from hypothesis.stateful import (
 )
 
 from manylora.runtime.messages import Rejected
+from tests.scheduler import fake_grammar
 from tests.scheduler.fake_worker import NAN
 from tests.scheduler.world import Adapter, World
 
+GRAMMARS = ("1", "2", "5", "9", "b9", f"{fake_grammar.BAD}1", f"{fake_grammar.STUCK}2")
 NAMES = ("a", "b", "c", "d")
 PATHS = ("pa", "pb", "pc", f"{NAN}-weights")
 STEMS = ([], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12], list(range(10, 27)))
@@ -48,6 +50,10 @@ def request_params(draw: st.DrawFn) -> dict[str, Any]:
         params["ignore_eos"] = True
     if draw(small) == 0:
         params["stop_token_ids"] = [3, 11, 19]
+    if draw(small) == 0:
+        params["logit_bias"] = {draw(st.integers(0, 39)): -1.5, 3: 2.0}
+    if draw(small) <= 1:
+        params["regex"] = draw(st.sampled_from(GRAMMARS))
     if draw(small) <= 1:
         params |= {"num_top": draw(st.integers(0, 2)), "logprob_start_len": draw(st.integers(-1, 6))}
     return params
@@ -104,7 +110,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _submit(self, prompt: list[int], lora: str | None, params: dict[str, Any]) -> None:
         known = lora is None or lora in self.world.names
         sequences = self.world.submit(prompt, lora=lora, **params)
-        assert known or all(isinstance(s.finish, Rejected) for s in sequences)
+        if params.get("regex") is None:
+            assert known or all(isinstance(s.finish, Rejected) for s in sequences)
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -161,6 +168,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     def ack_all(self) -> None:
         while self.world.acks():
             self.world.ack()
+
+    @precondition(lambda self: self.world.grammar_jobs)
+    @rule(data=st.data(), fail=st.integers(0, 19))
+    def finish_grammar_job(self, data: st.DataObject, fail: int) -> None:
+        index = data.draw(st.integers(0, len(self.world.grammar_jobs) - 1))
+        self.world.finish_grammar_job(index, fail=fail == 0)
+
+    @precondition(lambda self: self.world.grammar_jobs)
+    @rule()
+    def finish_grammar_jobs(self) -> None:
+        while self.world.grammar_jobs:
+            self.world.finish_grammar_job()
 
     # ---- steps ------------------------------------------------------------------------------------------------
 

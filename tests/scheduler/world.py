@@ -26,7 +26,9 @@ from manylora.runtime.messages import (
 )
 from manylora.runtime.model_config import ModelConfig, parse_model_config
 from manylora.runtime.sampling_params import SamplingParams
+from manylora.scheduler.grammar import CompileJob, GrammarJob
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
+from tests.scheduler import fake_grammar
 from tests.scheduler.fake_front import EOS, Call, Expected, FakeFront
 from tests.scheduler.fake_worker import VOCAB, FakeWorker
 
@@ -113,6 +115,8 @@ class World:
             max_adapters=self.max_loras,
         )
         self.jobs: list[LoadJob] = []
+        self.grammar_jobs: list[GrammarJob] = []
+        self.accepted: set[int] = set()  # handles of calls that wait no more for their grammars
         self.images: set[str] = set()  # not released yet
         self.front = FakeFront()
         self.sequences = self.front.sequences
@@ -151,6 +155,7 @@ class World:
                 made.append(Expected(request, sample, list(prompt), version))
                 self.sequences[request.handle + sample] = made[-1]
         self.scheduler.on_front(Submit(requests))
+        self._note_accepted()
         self._deliver()
         return made
 
@@ -227,6 +232,25 @@ class World:
         self.scheduler.loader_lost()
         self._deliver()
 
+    # ---- grammars -----------------------------------------------------------------------------------------------
+
+    def finish_grammar_job(self, index: int = 0, *, fail: bool = False) -> None:
+        """A grammar is compiled, or a mask computed."""
+        job = self.grammar_jobs.pop(index)
+        if isinstance(job, CompileJob):  # a call is accepted, and its adapter's name looked up, only now
+            for sequence in self.sequences.values():
+                request = sequence.request
+                if request.params.regex == job.source.text and request.handle not in self.accepted:
+                    name = request.lora_name
+                    sequence.bound_to = 0 if name is None else self.names.get(name, -1)
+        self.scheduler.on_grammar(fake_grammar.do(job, fail=fail))
+        self._note_accepted()
+        self._deliver()
+
+    def _note_accepted(self) -> None:
+        self.accepted |= {sequence.request.handle for sequence in self.sequences.values() if sequence.ended}
+        self.accepted |= set(self.scheduler._roster.live)
+
     # ---- the workers --------------------------------------------------------------------------------------------
 
     def acks(self) -> list[tuple[str, int, int]]:
@@ -273,6 +297,8 @@ class World:
                 self.finish_job()
             while self.acks():
                 self.ack()
+            while self.grammar_jobs:
+                self.finish_grammar_job()
             if self.worker.flights:
                 self.complete_step()
         raise AssertionError("no progress")
@@ -291,6 +317,8 @@ class World:
         for job in scheduler.to_loader:
             assert isinstance(job, LoadJob)
             self.jobs.append(job)
+        self.grammar_jobs += scheduler.to_grammars
+        scheduler.to_grammars.clear()
         for path in scheduler.released_images:
             self.images.remove(path)
         messages = list(scheduler.to_front)
