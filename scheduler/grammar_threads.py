@@ -176,7 +176,8 @@ class _Checker:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(BrokenPipeError):  # a question that it has not read
+                self._process.__exit__(None, None, None)
 
     def _ask(self, process: subprocess.Popen[bytes], question: Question) -> Verdict | None:
         assert process.stdin is not None
