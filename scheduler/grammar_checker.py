@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import msgspec
 from llguidance import LLMatcher
@@ -25,13 +25,10 @@ from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 from manylora.runtime.errors import BadGrammarError, ErrorInfo, GrammarTooComplexError, ManyloraError
 from manylora.scheduler.guidance import GuidanceTokenizer
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 MEMORY_BYTES = 256 << 20
 _STACK_BYTES = 4 << 20
 # So much space between two tokens of JSON is layout; a model that finds nothing better to write would go on for ever.
-_WRITING: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+_WRITING = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|.)", re.DOTALL)
 
 
@@ -94,7 +91,9 @@ def _json_form(text: str) -> str:
     if isinstance(schema, bool):
         return LLMatcher.grammar_from_json_schema(json.dumps(schema))
     if isinstance(schema, dict):
-        return LLMatcher.grammar_from_json_schema(cast("dict[str, Any]", schema), defaults=_WRITING)
+        fields = cast("dict[str, Any]", schema)
+        options = fields.get("x-guidance", _WRITING)  # llguidance's own key, for those who know it
+        return LLMatcher.grammar_from_json_schema({**fields, "x-guidance": options})
     raise BadGrammarError("json_schema must be the JSON text of an object or a boolean.")
 
 

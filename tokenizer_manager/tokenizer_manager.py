@@ -226,7 +226,7 @@ class TokenizerManager:
             self._scheduler.send(Submit(requests))
         except UnicodeEncodeError as error:  # a lone surrogate, which JSON cannot hold and Python can
             self._release(running)
-            raise BadRequestError("a name or a stop string is not valid Unicode") from error
+            raise BadRequestError("a name, a stop string or a grammar is not valid Unicode") from error
         return running
 
     async def _encode(self, prompts: Iterable[Prompt]) -> list[list[int]]:

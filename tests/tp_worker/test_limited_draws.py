@@ -14,8 +14,9 @@ from manylora.kernels.sampling import sample, uniform
 from manylora.runtime.messages import unpack_f32, unpack_i32
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tp_worker.model_runner import ModelRunner
+from tests.e2e.helpers import ONE_DEVICE
 from tests.tiny_models import VOCAB_SIZE, TinyModels
-from tests.tp_worker.plan_driver import Driver, build_runner, run
+from tests.tp_worker.plan_driver import Driver, build_runner, run, with_graphs
 
 LogitsOf = Callable[[list[int]], torch.Tensor]
 PROMPT = [0, 17, 43, 99, 250, 17, 8, 301, 64, 17, 120]
@@ -43,9 +44,12 @@ def logits_of(model_dir: Path) -> LogitsOf:
     return logits
 
 
-@pytest.fixture
-def runner(model_dir: Path) -> ModelRunner:
-    return build_runner(model_dir)
+@pytest.fixture(params=ONE_DEVICE)
+def runner(request: pytest.FixtureRequest, model_dir: Path) -> ModelRunner:
+    """On a GPU decode steps are graphs, from whose logits these draws go on."""
+    if request.param == "cpu":
+        return build_runner(model_dir)
+    return with_graphs(build_runner(model_dir, "cuda"))
 
 
 def limited(
