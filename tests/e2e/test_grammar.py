@@ -82,7 +82,7 @@ def server(
         pytest.skip("one GPU")
     adapter = tiny_models.adapter("llama", ADAPTER)
     flags = ("--lora-paths", f"{ADAPTER}={adapter}", "--tp-size", tp_size)
-    small = ("--page-size", 4, "--max-total-tokens", 480)
+    small = ("--page-size", 4, "--max-total-tokens", 256)
     logs = tmp_path_factory.mktemp("logs")
     with running_server(
         tiny_models.model("llama"), *flags, *small, log_dir=logs, device=request.param
@@ -157,7 +157,7 @@ def test_ends(server: Server) -> None:
 
 
 def test_a_client_that_leaves_takes_its_matcher_along(server: Server) -> None:
-    params = {"temperature": 0, "regex": "[a-z]+", "max_new_tokens": 400, "ignore_eos": True}
+    params = {"temperature": 0, "regex": "[a-z]+", "max_new_tokens": 220, "ignore_eos": True}
     stream = Stream(server, text=PROMPT, sampling_params=params)
     stream.wait_for_token()
     stream.hang_up()
@@ -193,7 +193,7 @@ def test_what_cannot_be_served_is_refused_by_name(
 def test_a_grammar_that_takes_seconds_holds_up_nobody(server: Server) -> None:
     """Steps of another request go on from before the compilation to its end, when its time or memory is over."""
     ask(server, {"temperature": 0, "regex": "[0-9]{3}"})
-    long = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
+    long = {"temperature": 0, "max_new_tokens": 220, "ignore_eos": True}
     stream = Stream(server, text=PROMPT, sampling_params=long)
     stream.wait_for_token()
     evil = {"text": PROMPT, "sampling_params": {"temperature": 0, "regex": TOO_LARGE}}
