@@ -17,7 +17,7 @@ from manylora.runtime.plan import ForwardBatch, PlanBuilder
 from manylora.tp_worker.model_runner import ModelRunner
 
 # A step's tokens and rows decide which kernels it takes: one of each range, as their launch code divides them.
-_TOKENS = (8, 40, 64, 512, 4096)
+_TOKENS = (8, 40, 64, 128, 512, 4096, 40 * 2048)
 _ROWS = (1, 40, 300)
 
 
