@@ -1,4 +1,6 @@
-"""docs/api.md is what the server does: every request in it is sent, in order, and answered as it says."""
+"""docs/api.md is what the server does: every request in it is sent, in order, and answered as it says. Those of the
+README are answered, too.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from manylora.runtime.http.openai.request_types import ChatBody, CompletionBody
 from manylora.runtime.http.route import Access
 from manylora.runtime.http.server import ROUTES
 from manylora.runtime.sampling_params import SamplingParams
-from tests.server import REPOSITORY, running_server
+from tests.server import REPOSITORY, Server, running_server
 
 TEXT = (REPOSITORY / "docs/api.md").read_text(encoding="utf-8")
 SECTIONS: dict[str, str] = {}  # heading -> text
@@ -129,20 +131,37 @@ def text_of(events: list[Any]) -> str:
     )
 
 
-def test_every_answer_is_the_servers(tmp_path: Path) -> None:
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """As the documents start it."""
     adapters = [f"{name}=demo/adapters/{name}" for name in ("json", "upper_case")]
-    with running_server("demo/model", "--lora-paths", *adapters, log_dir=tmp_path) as server:
-        num_compared = 0
-        for one in exchanges():
-            reply = server.request(one.method, one.path, one.body)
-            place = f"{one.method} {one.path}"
-            assert reply.status == one.status, (place, reply.body)
-            if one.kind == "text":
-                assert_same_events(one.answer, reply.body, place)
-            elif one.kind:
-                assert_same(json.loads(one.answer), reply.body, place, part=one.kind == "json part")
-            num_compared += bool(one.kind)
+    with running_server("demo/model", "--lora-paths", *adapters, log_dir=tmp_path) as running:
+        yield running
+
+
+def test_every_answer_is_the_servers(server: Server) -> None:
+    num_compared = 0
+    for one in exchanges():
+        reply = server.request(one.method, one.path, one.body)
+        place = f"{one.method} {one.path}"
+        assert reply.status == one.status, (place, reply.body)
+        if one.kind == "text":
+            assert_same_events(one.answer, reply.body, place)
+        elif one.kind:
+            assert_same(json.loads(one.answer), reply.body, place, part=one.kind == "json part")
+        num_compared += bool(one.kind)
     assert num_compared > 20
+
+
+def test_requests_of_the_readme_are_answered(server: Server) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    fences = re.findall(r"^```bash\n([\s\S]*?)^```$", text, flags=re.MULTILINE)
+    commands = [part for fence in fences for part in re.split(r"^(?=\w)", fence, flags=re.MULTILINE)]
+    requests = [read_curl(command) for command in commands if command.startswith("curl ")]
+    assert len(requests) >= 5
+    for method, path, body in requests:
+        reply = server.request(method, path, body)
+        assert reply.status in (200, 201), (method, path, reply.body)
 
 
 def test_every_route_has_its_section_and_level() -> None:
