@@ -88,6 +88,31 @@ def apply_penalties(
     logits -= presence.unsqueeze(1) * generated
 
 
+def add_biases(
+    logits: torch.Tensor, token_ids: torch.Tensor, biases: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """Add biases[i, j] to logits[i, token_ids[i, j]] for every j < counts[i], in place.
+
+    logits: (n, vocab) float32. token_ids: (n, k) int64, valid ids everywhere, distinct below the count. biases: (n, k)
+    float32. counts: (n,) int64.
+    """
+    given = torch.arange(token_ids.shape[1], device=counts.device) < counts.unsqueeze(1)
+    # Zeros for the rest: the order of additions to one place would matter only between numbers that are not zero.
+    logits.scatter_add_(1, token_ids, torch.where(given, biases, 0.0))
+
+
+def keep_allowed(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+    """Set logits[rows[i], t] to -inf, in place, for every token t whose bit in masks[i] is 0.
+
+    logits: (n, vocab) float32. rows: (k,) int64, distinct. masks: (k, ⌈vocab / 32⌉) int32, token 32 · w + b in bit b of
+    word w.
+    """
+    places = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    bits = (masks.view(torch.uint8).unsqueeze(2) >> places) & 1  # bytes of a word lie lowest first
+    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
+    logits[rows] = torch.where(allowed, logits[rows], -torch.inf)
+
+
 def forbid_tokens(logits: torch.Tensor, token_ids: torch.Tensor, active: torch.Tensor) -> None:
     """Set logits[i, token_ids[i, :]] to -inf, in place, in rows where `active`.
 

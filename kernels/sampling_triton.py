@@ -57,7 +57,10 @@ def sample(
     return out
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(  # positions lie wherever a plan has room for them
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["seed_low", "seed_high", "sample_index", "position"],
+)
 def _uniform(
     out,
     num_rows,

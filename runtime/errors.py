@@ -107,6 +107,18 @@ class ContextLengthError(BadRequestError):
     code = "context_length_exceeded"
 
 
+class BadGrammarError(BadRequestError):
+    """A `json_schema`, `regex` or `ebnf` is malformed, uses what is not supported, or no token can go on with its text."""
+
+    code = "bad_grammar"
+
+
+class GrammarTooComplexError(BadRequestError):
+    """A grammar exceeds a limit: its size, the time or memory to compile it, or the work of one of its steps."""
+
+    code = "grammar_too_complex"
+
+
 class AdapterNotFoundError(BadRequestError):
     """A request or an unload names an adapter that is not loaded. 404 on the routes below /v1/adapters."""
 

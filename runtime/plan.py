@@ -14,12 +14,17 @@ Sections of the payload, in this order, each (count, width) int32:
     samples    num_samples   2   row, position of the token to be drawn (= start + num_new); rising by row
     slots      num_slots    16   a slot taken by a new sequence, before anything else of the step; see SLOT_*
     stop_ids   num_stop_ids  2   slot, token id that may not be drawn before min_new_tokens
+    biases     num_biases    3   slot, token id, what is added to its logit (float bits): a new slot's, in a run
     history    num_history   3   slot, token id, 1 if generated else 0: what penalties must know of a new slot
     pages      num_pages     3   slot, index in the slot's page table, page
     copies     num_copies    2   source page, target page: whole-page copies, before the step writes anything
     segments   num_segments  4   first token, end token, first entry in `slices`, number of slices
     slices     num_slices    1   slice ids (rows of the worker's slice table)
     prompt_lps num_prompt_lps 3  token index, id of the token that followed it in the prompt, its number of top logprobs
+    masked     num_masked    1   place in `samples` of a row whose token a mask limits; rising
+
+Behind the sections lie the masks of the `masked` rows, ⌈vocabulary / 32⌉ int32 each: bit i of word w is set if token
+32 · w + i may be drawn.
 """
 
 from __future__ import annotations
@@ -38,12 +43,14 @@ SECTIONS: tuple[tuple[str, int], ...] = (
     ("samples", 2),
     ("slots", 16),
     ("stop_ids", 2),
+    ("biases", 3),
     ("history", 3),
     ("pages", 3),
     ("copies", 2),
     ("segments", 4),
     ("slices", 1),
     ("prompt_lps", 3),
+    ("masked", 1),
 )
 # Columns of `slots`. Floats are stored as their bits.
 (
@@ -61,7 +68,8 @@ SECTIONS: tuple[tuple[str, int], ...] = (
     SLOT_PROMPT_LEN,
     SLOT_MIN_NEW,  # stop_ids may not be drawn before this many new tokens
     SLOT_LAST_TOKEN,  # what "the last token sampled" is until the slot has sampled; -1 if none
-) = range(14)
+    SLOT_NUM_BIASES,
+) = range(15)
 FROM_SLOT = -1  # in `tokens`
 
 
@@ -80,6 +88,7 @@ class ForwardBatch(msgspec.Struct, frozen=True, tag=True):
     num_prompt_top: int  # the same of `prompt_lps`
     counts: tuple[int, ...]
     payload: bytes
+    biases: bool = False  # some sampling row has logit biases
 
     def count(self, section: str) -> int:
         return self.counts[_INDEX[section]]
@@ -91,6 +100,11 @@ class ForwardBatch(msgspec.Struct, frozen=True, tag=True):
     @property
     def num_tokens(self) -> int:
         return self.counts[1]
+
+    @property
+    def payload_size(self) -> int:
+        """Of the sections, without the masks, in int32."""
+        return sum(count * width for count, (_, width) in zip(self.counts, SECTIONS, strict=True))
 
 
 class ForwardOutput(msgspec.Struct, frozen=True, tag=True):
@@ -135,6 +149,7 @@ class PlanBuilder:
 
     def __init__(self) -> None:
         self._arrays = {name: array("i") for name, _ in SECTIONS}
+        self._masks: list[bytes] = []
 
     def add(self, section: str, *values: int) -> None:
         """Append one entry (`values` must be the section's width)."""
@@ -143,6 +158,11 @@ class PlanBuilder:
     def extend(self, section: str, values: Iterable[int]) -> None:
         """Append many entries' flat values."""
         self._arrays[section].extend(values)
+
+    def add_mask(self, sample: int, mask: bytes) -> None:
+        """Limit the token of a sample; `mask` as int32 words."""
+        self.add("masked", sample)
+        self._masks.append(mask)
 
     def count(self, section: str) -> int:
         return len(self._arrays[section]) // SECTIONS[_INDEX[section]][1]
@@ -160,6 +180,7 @@ class PlanBuilder:
         min_new: bool = False,
         num_top: int = -1,
         num_prompt_top: int = -1,
+        biases: bool = False,
     ) -> ForwardBatch:
         return ForwardBatch(
             step,
@@ -173,7 +194,8 @@ class PlanBuilder:
             num_top,
             num_prompt_top,
             tuple(self.count(name) for name, _ in SECTIONS),
-            b"".join(self._arrays[name].tobytes() for name, _ in SECTIONS),
+            b"".join([*(self._arrays[name].tobytes() for name, _ in SECTIONS), *self._masks]),
+            biases,
         )
 
 
@@ -203,7 +225,7 @@ def slot_entry(
         prompt_len,
         params.min_new_tokens,
         last_token,
-        0,
+        len(params.logit_bias or ()),
         0,
     ]
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import msgspec
 
-from manylora.runtime.errors import BadRequestError
+from manylora.runtime.errors import BadRequestError, GrammarTooComplexError
 
 GREEDY_TEMPERATURE = 1e-6  # below this a request is greedy, as in the seeds
 DEFAULT_MAX_NEW_TOKENS = 128
 MAX_STOP_STRINGS = 32
 MAX_STOP_TOKEN_IDS = 64  # eos ids of the model included
 MAX_N = 128
+MAX_LOGIT_BIASES = 300
+MAX_LOGIT_BIAS = 100.0
+GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf")
+MAX_GRAMMAR_BYTES = 1 << 17  # of one of them, as UTF-8
 MAX_TEMPERATURE = 1e30  # workers hold these as float32, where neither this
 MIN_REPETITION_PENALTY = 1e-30  # nor a logit divided by that overflows
 
@@ -57,6 +61,14 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
 
     @property
+    def grammar(self) -> tuple[str, str] | None:
+        """The field that says what the text must match, and its value; None if any text will do."""
+        for field in GRAMMAR_FIELDS:
+            if (text := getattr(self, field)) is not None:
+                return field, text
+        return None
+
+    @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
 
@@ -85,6 +97,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
                 f"repetition_penalty must be in [{MIN_REPETITION_PENALTY:g}, 2], got {self.repetition_penalty}.",
             )
         self._validate_counts(vocab_size)
+        self._validate_biases(vocab_size)
+        self._validate_grammar()
 
     def _validate_counts(self, vocab_size: int) -> None:
         limit = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
@@ -107,6 +121,30 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         for name, seed in (("seed", self.seed), ("sampling_seed", self.sampling_seed)):
             if seed is not None and not 0 <= seed < 2**63:
                 _refuse(name, f"{name} must be in [0, 2^63), got {seed}.")
+
+    def _validate_biases(self, vocab_size: int) -> None:
+        biases = self.logit_bias or {}
+        if len(biases) > MAX_LOGIT_BIASES:
+            _refuse("logit_bias", f"logit_bias takes at most {MAX_LOGIT_BIASES} tokens, got {len(biases)}.")
+        for token, bias in biases.items():
+            if not 0 <= token < vocab_size:
+                _refuse("logit_bias", f"logit_bias holds {token}, the vocabulary has {vocab_size} tokens.")
+            if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+                _refuse("logit_bias", f"logit_bias must be in [-100, 100], got {bias} for token {token}.")
+
+    def _validate_grammar(self) -> None:
+        given = [name for name in GRAMMAR_FIELDS if getattr(self, name) is not None]
+        if len(given) > 1:
+            _refuse(given[1], f"{' and '.join(given)} are given; at most one of them is possible.")
+        if self.grammar is None:
+            return
+        name, text = self.grammar
+        size = len(text.encode("utf-8", "surrogatepass"))
+        if size > MAX_GRAMMAR_BYTES:
+            raise GrammarTooComplexError(
+                f"{name} has {size} bytes; at most {MAX_GRAMMAR_BYTES} are possible.",
+                param=f"sampling_params.{name}",
+            )
 
 
 def _refuse(param: str, message: str) -> None:

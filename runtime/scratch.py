@@ -9,14 +9,13 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 from manylora.runtime.errors import ConfigError
 
 _PREFIX = "manylora-"
+_MARK = ".manylora-scratch"  # only what has this file is ever removed: others may name a directory alike
 _LONGEST_RUN_DIR = 70  # a socket's path may have 107 bytes, its name takes up to 32
-_SETTLE_S = 60.0  # a younger directory may not be locked yet
 
 
 class ScratchDir:
@@ -27,6 +26,7 @@ class ScratchDir:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        (self.path / _MARK).touch()  # once it is locked
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -51,8 +51,7 @@ def _remove_stale(base: Path) -> None:
     """Remove what servers of this user left below `base` when they were killed."""
     for path in base.glob(_PREFIX + "*"):
         try:
-            status = path.lstat()
-            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _SETTLE_S:
+            if path.lstat().st_uid != os.getuid() or not (path / _MARK).exists():
                 continue
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:  # another server was faster, or it is not a directory

@@ -67,6 +67,8 @@ class Admission:
                 return
             if sequence.group is not None and not sequence.group.may_enter(sequence):
                 continue
+            if not sequence.may_draw:  # it was preempted while its mask is computed
+                continue
             version = sequence.version
             if version is not None and not self._may_run(sequence, version, walk, step):
                 if walk.stopped:

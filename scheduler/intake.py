@@ -10,6 +10,8 @@ from manylora.runtime.sampling_params import MAX_STOP_TOKEN_IDS
 from manylora.scheduler.adapter_admin import AdapterAdmin
 from manylora.scheduler.adapter_limits import FitChecker
 from manylora.scheduler.adapter_table import AdapterTable
+from manylora.scheduler.grammar import Constraint, source_of
+from manylora.scheduler.grammar_desk import Grammars
 from manylora.scheduler.roster import Roster
 from manylora.scheduler.sequence import Group, Sequence
 from manylora.scheduler.version import Version
@@ -42,8 +44,8 @@ class Intake:
         self._random = random.Random(seed)
         self._num_arrived = 0
 
-    def accept(self, requests: list[GenerateReq]) -> None:
-        """Queue every sequence of a call; raises a ManyloraError, and queues none, if one of them cannot be served."""
+    def accept(self, requests: list[GenerateReq], grammars: Grammars) -> None:
+        """Queue every sequence of a call, whose `grammars` are compiled; raises a ManyloraError, and queues none, if one of them cannot be served."""
         waiting = len(self._roster.waiting)
         count = sum(request.params.n for request in requests)
         if waiting + count > self._max_queued:
@@ -54,14 +56,14 @@ class Intake:
         accepted: list[tuple[Sequence, Version | None]] = []
         for request in requests:
             version = self._adapters.names[request.lora_name] if request.lora_name is not None else None
-            accepted += [(sample, version) for sample in self._samples(request, version)]
+            accepted += [(sample, version) for sample in self._samples(request, version, grammars)]
         for request in requests:
             if request.lora_name is not None:
                 self._adapters.count_request(self._adapters.names[request.lora_name])
         for sequence, version in accepted:
             self._roster.add(sequence, version)
 
-    def _samples(self, request: GenerateReq, version: Version | None) -> list[Sequence]:
+    def _samples(self, request: GenerateReq, version: Version | None, grammars: Grammars) -> list[Sequence]:
         params = request.params
         seed = params.seed if params.seed is not None else params.sampling_seed
         if seed is None:
@@ -73,6 +75,11 @@ class Intake:
         self._check(samples[0], version)
         self._num_arrived += params.n
         self._assign_namespace(samples, version)
+        if (source := source_of(params)) is not None:
+            grammar = grammars[source]
+            for sample in samples:
+                matcher = grammar.matcher.copy()
+                sample.constrain(Constraint(sample.handle, matcher, grammar.mask, params, self._eos_ids))
         return samples
 
     def _assign_namespace(self, samples: list[Sequence], version: Version | None) -> None:

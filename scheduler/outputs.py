@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 
-from manylora.runtime.errors import ErrorInfo, NonFiniteLogitsError
+from manylora.runtime.errors import ErrorInfo, ManyloraError, NonFiniteLogitsError
 from manylora.runtime.messages import (
     Finish,
     LogprobChunk,
@@ -15,6 +15,8 @@ from manylora.runtime.messages import (
     unpack_i32,
 )
 from manylora.runtime.plan import ForwardOutput
+from manylora.scheduler.grammar import Constraint, MaskJob
+from manylora.scheduler.outbox import Outbox
 from manylora.scheduler.roster import Roster
 from manylora.scheduler.sequence import Sequence
 from manylora.scheduler.sequence_memory import SequenceMemory
@@ -28,8 +30,9 @@ def finish_error(handle: int, error: ErrorInfo) -> Finish:
 
 
 class OutputReader:
-    def __init__(self, roster: Roster, memory: SequenceMemory, page_size: int) -> None:
+    def __init__(self, roster: Roster, memory: SequenceMemory, page_size: int, outbox: Outbox) -> None:
         self._roster = roster
+        self._outbox = outbox
         self._memory = memory
         self._page_size = page_size
 
@@ -73,6 +76,8 @@ class OutputReader:
                 answer.start(sequence)
             if token in sequence.stop_ids:
                 answer.ended.append((sequence, Finish(sequence.handle, "stop", matched=token)))
+            elif sequence.constraint is not None and (end := self._match(sequence, sequence.constraint)):
+                answer.ended.append((sequence, end))
             elif length == sequence.max_len:
                 answer.ended.append((sequence, Finish(sequence.handle, "length")))
             elif (length - 1) % page_size == 0:
@@ -81,6 +86,21 @@ class OutputReader:
             if not sequence.started and finish.error is None:
                 answer.start(sequence)
             self._roster.end(sequence, trusted=finish.error is None)
+
+    def _match(self, sequence: Sequence, constraint: Constraint) -> Finish | None:
+        """Go on in the sequence's grammar by its last token: its end if that completes the text, else a new mask."""
+        token, handle = sequence.tokens[-1], sequence.handle
+        try:
+            if constraint.matcher.accept(token):
+                return Finish(handle, "stop", matched=token if token in constraint.end_ids else None)
+        except ManyloraError as error:
+            return finish_error(handle, error.info())
+        constraint.mask = None
+        length = len(sequence.tokens)
+        if length < sequence.max_len:
+            banned = constraint.banned(length - sequence.prompt_len)
+            self._outbox.to_grammars.append(MaskJob(constraint, banned))
+        return None
 
 
 class _Answer:

@@ -1,7 +1,8 @@
 """One step: which running sequences get a row, which waiting ones enter, and the plan that says so.
 
 Every sequence whose prompt is written gets a decode row, its token still on the device if need be; what is left of the
-token budget goes to chunks of prompts, those already running first.
+token budget goes to chunks of prompts, those already running first. Only a sequence with a grammar waits for its last token
+and for the mask that follows from it: it takes every second step, while the others overlap as ever.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from itertools import groupby
 from operator import attrgetter
 
-from manylora.runtime.plan import FROM_SLOT, ForwardBatch, PlanBuilder, slot_entry
+from manylora.runtime.plan import FROM_SLOT, ForwardBatch, PlanBuilder, float_bits, slot_entry
 from manylora.scheduler.admission import Admission
 from manylora.scheduler.roster import Roster
-from manylora.scheduler.sequence import LOGPROBS, MIN_NEW, PENALTIES, RANDOM, Phase, Sequence
+from manylora.scheduler.sequence import BIASES, LOGPROBS, MIN_NEW, PENALTIES, RANDOM, Phase, Sequence
 from manylora.scheduler.sequence_memory import SequenceMemory
 from manylora.scheduler.step import StepDraft, StepRecord
 from manylora.scheduler.version import Version
@@ -59,7 +60,7 @@ class Planner:
             planned = sequence.num_planned
             if planned < sequence.prefill_end:
                 prefilling.append(sequence)
-            elif planned < sequence.max_len - 1:
+            elif planned < sequence.max_len - 1 and (sequence.constraint is None or _may_go_on(sequence)):
                 if planned < sequence.capacity or self._grow(sequence, draft):
                     decode.append(sequence)
                 elif sequence.phase is Phase.WAITING:
@@ -127,6 +128,7 @@ class _Assembly:
         builder.extend("samples", self._positions)
         builder.extend("pages", draft.pages)
         builder.extend("copies", draft.copies)
+        self._add_masks()
         traits, num_top, min_new = self._sampling_needs()
         plan = builder.build(
             step,
@@ -139,6 +141,7 @@ class _Assembly:
             min_new=min_new,
             num_top=num_top,
             num_prompt_top=self._num_prompt_top,
+            biases=bool(traits & BIASES),
         )
         generations = [sequence.generation for sequence in self._samples]
         record = StepRecord(
@@ -162,6 +165,8 @@ class _Assembly:
         if sequence.traits & MIN_NEW:
             for token in sorted(sequence.stop_ids):
                 self._builder.add("stop_ids", slot, token)
+        for token, bias in (params.logit_bias or {}).items():
+            self._builder.add("biases", slot, token, float_bits(bias))
         if sequence.traits & PENALTIES:
             for position, token in enumerate(sequence.tokens):
                 self._builder.add("history", slot, token, int(position >= sequence.prompt_len))
@@ -217,6 +222,12 @@ class _Assembly:
         builder.extend("slices", version.slices)
         self._max_slices = max(self._max_slices, version.num_slices)
 
+    def _add_masks(self) -> None:
+        for index, sequence in enumerate(self._samples):
+            if (constraint := sequence.constraint) is not None:
+                assert constraint.mask is not None
+                self._builder.add_mask(index, constraint.mask)
+
     def _sampling_needs(self) -> tuple[int, int, bool]:
         """Of the rows that draw a token: their traits together, the most top logprobs, whether min_new_tokens holds."""
         traits = 0
@@ -231,3 +242,8 @@ class _Assembly:
                 for sequence in self._samples
             )
         return traits, num_top, min_new
+
+
+def _may_go_on(sequence: Sequence) -> bool:
+    """Whether a sequence with a grammar knows its last token, and what may follow it."""
+    return sequence.may_draw and len(sequence.tokens) > sequence.num_planned

@@ -41,6 +41,7 @@ from manylora.runtime.messages import (
 )
 from manylora.runtime.model_config import DTYPE_BYTES, load_model_config
 from manylora.scheduler.file_remover import FileRemover
+from manylora.scheduler.grammar_threads import GrammarThreads
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
 
 logger = logging.getLogger("manylora.scheduler")
@@ -48,6 +49,9 @@ logger = logging.getLogger("manylora.scheduler")
 _START_CALL = -1  # call numbers of the front count up from 0
 _VERDICT_MS = 500
 _LONGEST_POLL_MS = 3_600_000
+# How long a step may wait for masks, so that their rows take every second step and not every third. Most need a tenth of it,
+# and the device has the step before to go on with.
+_MASK_PATIENCE_S = 0.002
 
 
 class SchedulerProcess:
@@ -70,6 +74,13 @@ class SchedulerProcess:
         self._loader: Pipe[SchedulerToLoader, LoaderToScheduler] = self._bind_loader(0)
         self._loader_ready = False
         self._remover = FileRemover()
+        # While the workers load: building its tokenizer would hold up steps.
+        self._grammars = GrammarThreads(
+            config.model.tokenizer_path or config.model.model_dir,
+            self._model.vocab_size,
+            self._model.eos_token_ids,
+        )
+        self._poller.register(self._grammars.fileno(), zmq.POLLIN)
         self._stopping = False
         self._start_reply: AdapterReply | None = None
         self._checked = False
@@ -98,6 +109,7 @@ class SchedulerProcess:
             with contextlib.suppress(ProtocolError):  # it has not come up yet
                 pipe.send(Shutdown())
             pipe.close()
+        self._grammars.close()
         self._front.close()
         self._context.zmq.term()
 
@@ -212,6 +224,7 @@ class SchedulerProcess:
             for message in self._front.drain():
                 scheduler.on_front(message)
         scheduler.on_time()
+        self._exchange_masks()
         scheduler.schedule()
         self._flush()
         if not scheduler.idle:
@@ -219,6 +232,16 @@ class SchedulerProcess:
         elif not self._checked:
             scheduler.check()
             self._checked = True
+
+    def _exchange_masks(self) -> None:
+        scheduler, grammars = self._scheduler, self._grammars
+        patience = (
+            _MASK_PATIENCE_S if scheduler.to_grammars else 0.0
+        )  # for a slow one once, not in every step
+        grammars.submit(scheduler.to_grammars)
+        scheduler.to_grammars.clear()
+        for answer in grammars.take(patience):
+            scheduler.on_grammar(answer)
 
     def _flush(self) -> None:
         """Send what the scheduler has to say: first to the workers, who have the longest way to go."""

@@ -43,6 +43,8 @@ from manylora.scheduler.adapter_limits import FitChecker
 from manylora.scheduler.adapter_table import AdapterTable
 from manylora.scheduler.admission import Admission
 from manylora.scheduler.device_tier import DeviceTier
+from manylora.scheduler.grammar import Compiled, GrammarAnswer
+from manylora.scheduler.grammar_desk import GrammarDesk, ParkedCall
 from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
 from manylora.scheduler.intake import Intake
@@ -66,8 +68,8 @@ OVERLAP_DEPTH = 2  # steps in flight
 class Scheduler:
     """Decides for one engine. `limits` are the smallest of all ranks; `seed` draws the seeds of requests without one.
 
-    `to_front`, `to_workers`, `to_loader` and `released_images` (files to unlink) are emptied by the caller after each
-    call. Every rank gets `to_workers` in order; messages to the front may be sent at once.
+    `to_front`, `to_workers`, `to_loader`, `to_grammars` (jobs to be done beside the step loop) and `released_images` (files
+    to unlink) are emptied by the caller after each call. Every rank gets `to_workers` in order; messages to the front may be sent at once.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Scheduler:
         self.to_front = outbox.to_front
         self.to_workers = outbox.to_workers
         self.to_loader = outbox.to_loader
+        self.to_grammars = outbox.to_grammars
         self.released_images = outbox.released_images
         schedule, lora, tp_size = config.schedule, config.lora, config.parallel.tp_size
         chunk_size, page_size = schedule.chunked_prefill_size, geometry.page_size
@@ -122,6 +125,7 @@ class Scheduler:
         # A step holds a row of each running sequence, so no more may run than a step has tokens.
         num_slots = min(schedule.max_running_requests, chunk_size)
         self._roster = Roster(num_slots, sequences, self._adapters, clock)
+        self._grammars = GrammarDesk(outbox, schedule.max_queued_requests)
         self._intake = Intake(
             self._roster,
             self._adapters,
@@ -144,7 +148,7 @@ class Scheduler:
         self._planner = Planner(
             self._roster, admission, sequences, token_budget=chunk_size, vocab_size=model.vocab_size
         )
-        self._outputs = OutputReader(self._roster, sequences, page_size)
+        self._outputs = OutputReader(self._roster, sequences, page_size, outbox)
         self._ledger = Ledger(self._roster, self._adapters, self._memory, host, self._steps)
 
     # ---- messages in --------------------------------------------------------------------------------------------
@@ -157,6 +161,8 @@ class Scheduler:
                 for handle in unpack_i64(message.handles):
                     if sequence := self._roster.live.get(handle):
                         self._roster.end(sequence)
+                    else:
+                        self._grammars.abort(handle)
             case LoadAdapter():
                 self._admin.on_load(message)
             case UpdateAdapter():
@@ -175,6 +181,18 @@ class Scheduler:
             self._adapters.on_image(message)
         else:
             self._adapters.on_load_failed(message)
+        self._roster.changed = True
+
+    def on_grammar(self, answer: GrammarAnswer) -> None:
+        """A grammar is compiled, or what a sequence may draw next is known."""
+        if isinstance(answer, Compiled):
+            for call in self._grammars.on_compiled(answer):
+                self._accept(call)
+            return
+        answer.constraint.mask = answer.outcome if isinstance(answer.outcome, bytes) else None
+        sequence = self._roster.live.get(answer.constraint.handle)
+        if sequence is not None and isinstance(answer.outcome, ErrorInfo):
+            self._end_sequences([sequence], answer.outcome)
         self._roster.changed = True
 
     def on_worker(self, message: ForwardOutput | AdapterStaged | AdapterCopied) -> None:
@@ -224,7 +242,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing runs, waits or is under way."""
-        return not (self._roster.live or self._in_flight or self._adapters.busy)
+        return not (self._roster.live or self._in_flight or self._adapters.busy or self._grammars.busy)
 
     def check(self) -> None:
         """Recount everything from scratch; AssertionError if the books are wrong."""
@@ -243,14 +261,33 @@ class Scheduler:
 
     def _submit(self, call: Submit) -> None:
         try:
-            self._intake.accept(call.requests)
+            ready = self._grammars.take(call)
         except ManyloraError as error:
-            handles = pack_i64(request.handle for request in call.requests)
-            self.to_front.append(Rejected(handles, error.info()))
+            self._reject(call, error.info())
+            return
+        if ready is not None:
+            self._accept(ready)
+
+    def _accept(self, parked: ParkedCall) -> None:
+        """Queue a call whose grammars are known, or refuse it."""
+        if parked.error is not None:
+            self._reject(parked.call, parked.error)
+            return
+        try:
+            self._intake.accept(parked.call.requests, parked.grammars)
+        except ManyloraError as error:
+            self._reject(parked.call, error.info())
+            return
+        for handle in parked.aborted:
+            if sequence := self._roster.live.get(handle):
+                self._roster.end(sequence)
+
+    def _reject(self, call: Submit, error: ErrorInfo) -> None:
+        self.to_front.append(Rejected(pack_i64(request.handle for request in call.requests), error))
 
     def _flush(self, call: FlushCache) -> None:
         error = None
-        if self._roster.live:
+        if self._roster.live or self._grammars.busy:
             error = BusyError("The cache cannot be flushed while requests run or wait.").info()
         else:
             self._memory.tree.clear()

@@ -13,12 +13,15 @@ from __future__ import annotations
 from array import array
 from enum import Enum, auto
 
+import msgspec
+
 from manylora.runtime.messages import NO_VERSION, GenerateReq
+from manylora.scheduler.grammar import Constraint
 from manylora.scheduler.prefix_tree import Node
 from manylora.scheduler.version import Version
 
 # Bits of `Sequence.traits`: what a step must know when such a sequence draws a token.
-RANDOM, PENALTIES, LOGPROBS, MIN_NEW = 1, 2, 4, 8
+RANDOM, PENALTIES, LOGPROBS, MIN_NEW, BIASES = 1, 2, 4, 8, 16
 
 
 class Phase(Enum):
@@ -35,6 +38,7 @@ class Sequence:
         "arrived_at",
         "cached_tokens",
         "capacity",
+        "constraint",
         "generation",
         "group",
         "handle",
@@ -83,6 +87,7 @@ class Sequence:
             | PENALTIES * params.has_penalties
             | LOGPROBS * (request.num_top >= 0)
             | MIN_NEW * (params.min_new_tokens > 0)
+            | BIASES * bool(params.logit_bias)
         )
         wants_prompt = request.num_top >= 0 and request.logprob_start_len >= 0
         # The next prompt token whose logprob is to be planned, and to be sent.
@@ -91,6 +96,7 @@ class Sequence:
         self.version_id = NO_VERSION
         self.namespace: int | None = NO_VERSION  # of the prefix tree; None: shares nothing
         self.group: Group | None = None
+        self.constraint: Constraint | None = None
         self.phase = Phase.WAITING
         self.generation = 0  # a token planned under an older one is dropped
         self.arrived_at = 0.0  # on the roster's clock
@@ -104,6 +110,17 @@ class Sequence:
         self.prefill_end = self.prompt_len  # tokens known when admitted: what prefill has to write
         self.num_planned = 0
         self.num_written = 0  # tokens that prefill has written in completed steps since it was admitted
+
+    def constrain(self, constraint: Constraint) -> None:
+        """Have it match a grammar. Its masks see to `min_new_tokens`, so that these can never forbid every token."""
+        self.constraint = constraint
+        self.params = msgspec.structs.replace(self.params, min_new_tokens=0)
+        self.traits &= ~MIN_NEW
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether what it may draw after its known tokens is known."""
+        return self.constraint is None or self.constraint.mask is not None
 
     @property
     def num_generated(self) -> int:

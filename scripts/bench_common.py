@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import random
 import statistics
@@ -207,13 +208,14 @@ def gpu_names() -> str:
 
 
 def gpu_bytes_used() -> int | None:
-    """Memory in use on the first GPU, by whomever; None without one."""
-    used = _nvidia_smi("memory.used")
+    """Memory in use on the first GPU that this process may see, by whomever; None without one."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    used = _nvidia_smi("memory.used", f"--id={first}")
     return int(used[0]) << 20 if used else None
 
 
-def _nvidia_smi(field: str) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+def _nvidia_smi(field: str, *options: str) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
     except (OSError, subprocess.CalledProcessError):

@@ -43,6 +43,7 @@ HEAVY = {
     "safetensors": {"lora", "tp_worker"},
     "transformers": set[str](),
     "peft": set[str](),
+    "llguidance": {"scheduler"},
     "aiohttp": {"entry points"},
     "prometheus_client": {"entry points"},
     "zmq": {"contracts", "lora", "scheduler", "tp_worker", "entry points", "tokenizer_manager"},

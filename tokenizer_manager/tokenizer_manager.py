@@ -192,7 +192,7 @@ class TokenizerManager(Administration):
         except UnicodeEncodeError as error:  # a lone surrogate, which JSON cannot hold and Python can
             self._forget(running)  # it was never accepted, so nothing of it ended
             self._release(running)
-            raise BadRequestError("a name or a stop string is not valid Unicode") from error
+            raise BadRequestError("a name, a stop string or a grammar is not valid Unicode") from error
         return running
 
     async def _encode(self, call: GenerateCall) -> list[list[int]]:

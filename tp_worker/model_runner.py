@@ -16,13 +16,19 @@ from manylora.runtime.plan import ForwardBatch, ForwardOutput, section_bounds
 from manylora.tp_worker.decode_graph import DecodeGraph, DecodeGraphs
 from manylora.tp_worker.logprobs import Logprobs, join_logprobs, raw_logprobs, select_logprobs
 from manylora.tp_worker.memory_pool import PagePool
-from manylora.tp_worker.sampler import draw_tokens, only_greedy
+from manylora.tp_worker.sampler import Masks, draw_tokens, only_greedy
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.step_inputs import StepInputs
 from manylora.tp_worker.transfers import Columns, Download, Upload
 
 PROMPT_LOGITS_BYTES = 1 << 28  # of fp32 logits that exist at once while prompt logprobs are computed
-_OUTSIDE_GRAPHS = ("slots", "stop_ids", "history", "copies")  # sections that a graph's inputs do not include
+_OUTSIDE_GRAPHS = (
+    "slots",
+    "stop_ids",
+    "biases",
+    "history",
+    "copies",
+)  # sections that a graph's inputs do not include
 
 
 class Model(Protocol):
@@ -104,26 +110,30 @@ class ModelRunner:
         self, plan: ForwardBatch, payload: torch.Tensor, bounds: Bounds, graph: DecodeGraph | None
     ) -> dict[str, torch.Tensor]:
         """Any step, by `graph` as far as that goes."""
-        wide = payload.long()
+        wide = payload[: plan.payload_size].long()  # the masks behind the sections stay as they are
         sections = {name: _view(wide, *bound) for name, bound in bounds.items()}
         self._state.apply(sections)
         if plan.count("copies"):
             self._pool.copy_pages(sections["copies"])
+        masks = _masks(plan, payload, sections)
         if graph is None:
-            return self._forward(plan, sections)
+            return self._forward(plan, sections, masks)
         result = graph.replay(payload, bounds)
         if _takes_best(plan):
             return {"tokens": result.tokens[: plan.num_rows]}
-        return self._sample(plan, sections, result.logits[: plan.num_rows])
+        return self._sample(plan, sections, result.logits[: plan.num_rows], masks)
 
-    def _forward(self, plan: ForwardBatch, sections: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _forward(
+        self, plan: ForwardBatch, sections: dict[str, torch.Tensor], masks: Masks | None
+    ) -> dict[str, torch.Tensor]:
         """A step of any rows, operation by operation."""
         inputs = self._step_inputs(plan, sections, self._lora_batch(plan, sections))
         hidden = self.model_step(inputs)
         columns: dict[str, torch.Tensor] = {}
         if plan.count("samples"):
             _, _, num_new, offsets = sections["rows"][sections["samples"][:, 0]].unbind(1)
-            columns |= self._sample(plan, sections, self._model.logits(hidden[offsets + num_new - 1]))
+            logits = self._model.logits(hidden[offsets + num_new - 1])
+            columns |= self._sample(plan, sections, logits, masks)
         if plan.count("prompt_lps"):
             columns |= self._prompt_logprobs(plan, sections["prompt_lps"], hidden)
         return columns
@@ -167,14 +177,18 @@ class ModelRunner:
         )
 
     def _sample(
-        self, plan: ForwardBatch, sections: dict[str, torch.Tensor], logits: torch.Tensor
+        self,
+        plan: ForwardBatch,
+        sections: dict[str, torch.Tensor],
+        logits: torch.Tensor,
+        masks: Masks | None,
     ) -> dict[str, torch.Tensor]:
         """Draw the plan's samples from their logits (n, vocab) of any dtype, which are overwritten."""
         row, positions = sections["samples"].unbind(1)
         slots = sections["rows"][row, 0]
         wanted = self._answers and plan.num_top >= 0
         logprobs = raw_logprobs(logits) if wanted else None  # before sampling overwrites the logits
-        columns = {"tokens": draw_tokens(plan, logits, self._state, slots, positions)}
+        columns = {"tokens": draw_tokens(plan, logits, self._state, slots, positions, masks)}
         if logprobs is not None:
             drawn = self._state.last_tokens(slots)  # valid ids, whatever the logits
             selected = select_logprobs(logprobs, drawn, plan.num_top)
@@ -212,6 +226,13 @@ def _takes_best(plan: ForwardBatch) -> bool:
 def _is_plain(plan: ForwardBatch) -> bool:
     """Whether a decode graph takes in all that the plan says and draws all that it asks for."""
     return _takes_best(plan) and not any(plan.count(section) for section in _OUTSIDE_GRAPHS)
+
+
+def _masks(plan: ForwardBatch, payload: torch.Tensor, sections: dict[str, torch.Tensor]) -> Masks | None:
+    if not plan.count("masked"):
+        return None
+    words = payload[plan.payload_size :].view(plan.count("masked"), -1)
+    return Masks(sections["masked"].squeeze(1), words)
 
 
 def _view(packed: torch.Tensor, start: int, count: int, width: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Rehearsal:
     slot: int
     max_rows: int
     max_tokens: int
+    vocab_size: int
     lora: bool
 
     def plans(self) -> Iterator[ForwardBatch]:
@@ -35,9 +36,13 @@ class Rehearsal:
             for num_tokens, num_rows in product(_TOKENS, _ROWS):
                 if num_rows <= num_tokens <= self.max_tokens and num_rows <= self.max_rows:
                     yield self._plan(num_rows, num_tokens // num_rows, lora)
-        yield self._plan(0, 0, False, greedy=False, penalties=True, min_new=True, num_top=2)
+        for greedy in (True, False):
+            changes = {"penalties": True, "min_new": True, "biases": True, "num_top": 2}
+            yield self._plan(0, 0, False, masked=True, greedy=greedy, **changes)
 
-    def _plan(self, num_prompts: int, each: int, lora: bool, **drawing: Any) -> ForwardBatch:
+    def _plan(
+        self, num_prompts: int, each: int, lora: bool, masked: bool = False, **drawing: Any
+    ) -> ForwardBatch:
         """Prompts of `each` tokens and, of the same number of rows, at least one, one token each."""
         builder = PlanBuilder()
         num_rows = min(self.max_rows, 2 * max(1, num_prompts))
@@ -47,6 +52,8 @@ class Rehearsal:
             builder.add("rows", self.slot, 0, num_new, first)
             builder.extend("tokens", [0] * num_new)
             builder.add("samples", row, num_new)
+            if masked:
+                builder.add_mask(row, b"\xff" * (4 * -(-self.vocab_size // 32)))
             first += num_new
         if lora:  # no adapter is there yet: the first slice of the table is one of nothing
             builder.add("segments", 0, first, 0, 1)

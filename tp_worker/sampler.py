@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from manylora.kernels.sampling import (
+    add_biases,
     apply_penalties,
     forbid_tokens,
+    keep_allowed,
     rows_finite,
     sample,
     sample_greedy,
@@ -16,12 +20,21 @@ from manylora.runtime.plan import ForwardBatch
 from manylora.tp_worker.slot_state import SamplingColumns, SlotState
 
 
+@dataclass(slots=True)
+class Masks:
+    """What some rows may draw. rows: (k,) int64, places among the samples; words: (k, ⌈vocab / 32⌉) int32."""
+
+    rows: torch.Tensor
+    words: torch.Tensor
+
+
 def draw_tokens(
     plan: ForwardBatch,
     logits: torch.Tensor,
     state: SlotState,
     slots: torch.Tensor,
     positions: torch.Tensor,
+    masks: Masks | None = None,
 ) -> torch.Tensor:
     """Draw the plan's samples and record them in their slots.
 
@@ -33,6 +46,8 @@ def draw_tokens(
     finite = rows_finite(logits)
     logits = logits.float()
     columns = state.sampling(slots)
+    if plan.biases:
+        add_biases(logits, state.bias_ids[slots], state.biases[slots], columns.num_biases)
     if plan.penalties:
         apply_penalties(
             logits,
@@ -44,6 +59,8 @@ def draw_tokens(
         )
     if plan.min_new:
         forbid_tokens(logits, state.stop_ids[slots], positions - columns.prompt_len < columns.min_new)
+    if masks is not None:
+        keep_allowed(logits, masks.rows, masks.words)
     tokens = sample_greedy(logits) if plan.greedy else _sample(logits, columns, positions)
     state.record(slots, tokens, count=plan.penalties)
     return torch.where(finite, tokens, -1).int()
@@ -51,7 +68,8 @@ def draw_tokens(
 
 def only_greedy(plan: ForwardBatch) -> bool:
     """Whether every token is the best of the model's own logits."""
-    return plan.greedy and not plan.penalties and not plan.min_new
+    changed = plan.penalties or plan.min_new or plan.biases or plan.count("masked") > 0
+    return plan.greedy and not changed
 
 
 def _sample(logits: torch.Tensor, columns: SamplingColumns, positions: torch.Tensor) -> torch.Tensor:

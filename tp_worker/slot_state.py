@@ -16,6 +16,7 @@ from manylora.runtime.plan import (
     SLOT_LAST_TOKEN,
     SLOT_MIN_NEW,
     SLOT_MIN_P,
+    SLOT_NUM_BIASES,
     SLOT_PRESENCE,
     SLOT_PROMPT_LEN,
     SLOT_REPETITION,
@@ -26,7 +27,7 @@ from manylora.runtime.plan import (
     SLOT_TOP_K,
     SLOT_TOP_P,
 )
-from manylora.runtime.sampling_params import MAX_STOP_TOKEN_IDS
+from manylora.runtime.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 
 _ENTRY_WIDTH = 16
 
@@ -36,6 +37,8 @@ class SlotState:
 
     page_table: (num_slots, max_pages) int64; entries a sequence has not reached hold some valid page.
     stop_ids: (num_slots, MAX_STOP_TOKEN_IDS) int64, -1 for none.
+    bias_ids: (num_slots, MAX_LOGIT_BIASES) int64 and biases: the same in float32; the first SLOT_NUM_BIASES of a row count,
+        the others are leftovers of earlier sequences.
     counts: (num_slots, vocab) int32, how often each token was generated; in_prompt: (num_slots, vocab) uint8, 1 or 0. Both
         are kept only for sequences with penalties, and hold leftovers in every other row.
     """
@@ -45,6 +48,8 @@ class SlotState:
         num_slots += 1
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int64, device=device)
         self.stop_ids = torch.full((num_slots, MAX_STOP_TOKEN_IDS), -1, dtype=torch.int64, device=device)
+        self.bias_ids = torch.zeros(num_slots, MAX_LOGIT_BIASES, dtype=torch.int64, device=device)
+        self.biases = torch.zeros(num_slots, MAX_LOGIT_BIASES, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
         self.in_prompt = torch.zeros(num_slots, vocab_size, dtype=torch.uint8, device=device)
         self._entries = torch.zeros(num_slots, _ENTRY_WIDTH, dtype=torch.int32, device=device)
@@ -52,7 +57,7 @@ class SlotState:
         self._greedy_work = GreedyWork(num_slots, vocab_size, device)
 
     def apply(self, sections: dict[str, torch.Tensor]) -> None:
-        """Take in the plan's `slots`, `stop_ids`, `history` and `pages`, each (count, width) int64."""
+        """Take in the plan's `slots`, `stop_ids`, `biases`, `history` and `pages`, each (count, width) int64."""
         slots, history, pages = sections["slots"], sections["history"], sections["pages"]
         if len(slots):
             ids = slots[:, SLOT_ID]
@@ -62,7 +67,13 @@ class SlotState:
                 self.counts.index_fill_(0, ids, 0)
                 self.in_prompt.index_fill_(0, ids, 0)
         if len(sections["stop_ids"]):
-            self._apply_stop_ids(sections["stop_ids"])
+            slot, token = sections["stop_ids"].unbind(1)
+            self.stop_ids[slot, _place_in_run(slot)] = token
+        if len(sections["biases"]):
+            slot, token, bias = sections["biases"].unbind(1)
+            place = _place_in_run(slot)
+            self.bias_ids[slot, place] = token
+            self.biases[slot, place] = bias.int().view(torch.float32)
         if len(history):
             self._apply_history(history)
         if len(pages):
@@ -90,21 +101,20 @@ class SlotState:
         """The sampling parameters of these slots."""
         return SamplingColumns(self._entries[slots])
 
-    def _apply_stop_ids(self, entries: torch.Tensor) -> None:
-        # The entries of one slot lie next to each other; each goes to the column of its place in that run.
-        slot = entries[:, 0]
-        place = torch.arange(len(entries), device=entries.device)
-        starts_run = torch.ones_like(slot, dtype=torch.bool)
-        starts_run[1:] = slot[1:] != slot[:-1]
-        run_start = torch.where(starts_run, place, 0).cummax(0).values
-        self.stop_ids[slot, place - run_start] = entries[:, 1]
-
     def _apply_history(self, history: torch.Tensor) -> None:
         slot, token, generated = history.unbind(1)
         place = slot * self.counts.shape[1] + token
         self.counts.view(-1).scatter_add_(0, place, generated.int())
         # amax, because the same token may be in prompt and answer.
         self.in_prompt.view(-1).scatter_reduce_(0, place, (1 - generated).to(torch.uint8), "amax")
+
+
+def _place_in_run(slots: torch.Tensor) -> torch.Tensor:
+    """(n,) -> (n,) int64: how many entries before it have the same slot, whose entries lie next to each other."""
+    place = torch.arange(len(slots), device=slots.device)
+    starts_run = torch.ones_like(slots, dtype=torch.bool)
+    starts_run[1:] = slots[1:] != slots[:-1]
+    return place - torch.where(starts_run, place, 0).cummax(0).values
 
 
 class SamplingColumns:
@@ -125,3 +135,4 @@ class SamplingColumns:
         self.sample_index = integers[:, SLOT_SAMPLE_INDEX]
         self.prompt_len = integers[:, SLOT_PROMPT_LEN]
         self.min_new = integers[:, SLOT_MIN_NEW]
+        self.num_biases = integers[:, SLOT_NUM_BIASES]

@@ -115,6 +115,7 @@ class Worker:
                     state.dummy_slot,
                     config.schedule.max_running_requests,
                     max_tokens,
+                    vocab_size,
                     config.lora.enable_lora,
                 ),
             )

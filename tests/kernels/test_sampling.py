@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 
 from manylora.kernels.sampling import (
+    add_biases,
     apply_penalties,
     forbid_tokens,
+    keep_allowed,
     philox,
     rows_finite,
     sample,
@@ -178,3 +182,43 @@ def test_rows_finite_and_sampling_survives_what_is_not() -> None:
     logits[3, 5] = -torch.inf
     assert rows_finite(logits).tolist() == [True, False, False, False]
     assert all(0 <= token < 6 for token in _sample(logits, torch.full((4,), 0.5), top_p=0.9))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), vocab=st.integers(1, 140), num_rows=st.integers(1, 5))
+def test_a_mask_keeps_exactly_what_it_allows(data: st.DataObject, vocab: int, num_rows: int) -> None:
+    """Of any vocabulary, a whole number of words or not; bits past it mean nothing, rows without a mask keep all."""
+    masked = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=num_rows, unique=True))
+    num_words = -(-vocab // 32)
+    word = st.integers(-(2**31), 2**31 - 1)
+    words = [data.draw(st.lists(word, min_size=num_words, max_size=num_words)) for _ in masked]
+    logits = torch.randn(num_rows, vocab)
+    expected = logits.clone()
+    for row, mask in zip(masked, words, strict=True):
+        for token in range(vocab):
+            if not mask[token // 32] >> (token % 32) & 1:
+                expected[row, token] = -torch.inf
+    keep_allowed(logits, torch.tensor(masked), torch.tensor(words, dtype=torch.int32))
+    assert torch.equal(logits, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), vocab=st.integers(1, 50), num_rows=st.integers(1, 5))
+def test_biases_are_added_where_they_belong(data: st.DataObject, vocab: int, num_rows: int) -> None:
+    """Entries past a row's count are leftovers, which may name tokens that are biased, or any other."""
+    width = 8
+    ids = torch.randint(vocab, (num_rows, width), generator=torch.Generator().manual_seed(vocab))
+    values = torch.full((num_rows, width), 1000.0)
+    counts: list[int] = []
+    logits = torch.randn(num_rows, vocab)
+    expected = logits.clone()
+    for row in range(num_rows):
+        biases = data.draw(
+            st.dictionaries(st.integers(0, vocab - 1), st.floats(-100, 100, width=32), max_size=width)
+        )
+        counts.append(len(biases))
+        for place, (token, bias) in enumerate(biases.items()):
+            ids[row, place], values[row, place] = token, bias
+            expected[row, token] += bias
+    add_biases(logits, ids, values, torch.tensor(counts))
+    assert torch.equal(logits, expected)

@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from manylora.runtime.errors import BadRequestError
-from manylora.runtime.sampling_params import SamplingParams
+from manylora.runtime.errors import BadRequestError, GrammarTooComplexError
+from manylora.runtime.sampling_params import GRAMMAR_FIELDS, MAX_GRAMMAR_BYTES, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,12 @@ from manylora.runtime.sampling_params import SamplingParams
         ("stop_token_ids", [-1]),
         ("seed", -1),
         ("sampling_seed", 2**63),
+        ("logit_bias", {100: 1.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {5: 100.5}),
+        ("logit_bias", {5: -100.5}),
+        ("logit_bias", {5: float("nan")}),
+        ("logit_bias", dict.fromkeys(range(301), 1.0)),
     ],
 )
 def test_out_of_range_is_refused_with_the_fields_name(field: str, value: Any) -> None:
@@ -56,6 +62,7 @@ def test_the_defaults_and_the_edges_are_valid() -> None:
         "min_p": 1,
         "max_new_tokens": 0,
         "n": 128,
+        "logit_bias": {0: -100.0, 99: 100.0},
     }
     SamplingParams(**edges, stop="x", stop_token_ids=[99], seed=2**63 - 1).validate(100)
 
@@ -69,3 +76,26 @@ def test_stop_strings_is_a_tuple_either_way() -> None:
     assert SamplingParams().stop_strings == ()
     assert SamplingParams(stop="a").stop_strings == ("a",)
     assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
+
+
+def test_one_grammar_at_most() -> None:
+    for field in GRAMMAR_FIELDS:
+        params = SamplingParams(**{field: "{}"})  # type: ignore[arg-type]
+        params.validate(100)
+        assert params.grammar == (field, "{}")
+    assert SamplingParams().grammar is None
+    with pytest.raises(BadRequestError, match="json_schema and ebnf are given") as caught:
+        SamplingParams(json_schema="{}", ebnf="").validate(100)
+    assert caught.value.param == "sampling_params.ebnf"
+
+
+def test_a_grammar_is_bounded_in_bytes() -> None:
+    SamplingParams(regex="é" * (MAX_GRAMMAR_BYTES // 2)).validate(100)
+    with pytest.raises(GrammarTooComplexError) as caught:
+        SamplingParams(regex="é" * (MAX_GRAMMAR_BYTES // 2) + "a").validate(100)
+    assert caught.value.param == "sampling_params.regex"
+
+
+def test_biases_come_from_json_under_their_tokens() -> None:
+    params = msgspec.json.decode(b'{"logit_bias": {"17": 1, "3": -2.5}}', type=SamplingParams)
+    assert params.logit_bias == {17: 1.0, 3: -2.5}

@@ -2,18 +2,11 @@
 
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
 
 from manylora.runtime.scratch import ScratchDir, make_run_dir, make_shm_dir
-
-LONG_AGO = time.time() - 3600
-
-
-def age(path: Path) -> None:
-    os.utime(path, (LONG_AGO, LONG_AGO))
 
 
 def test_it_is_private_and_goes_with_what_is_in_it(short_dir: Path) -> None:
@@ -24,34 +17,41 @@ def test_it_is_private_and_goes_with_what_is_in_it(short_dir: Path) -> None:
     assert not list(short_dir.iterdir())
 
 
+def killed(base: Path) -> Path:
+    """What a server leaves that cannot say goodbye."""
+    scratch = ScratchDir(base)
+    os.close(scratch._lock)
+    (scratch.path / "adapter").write_bytes(b"x")
+    return scratch.path
+
+
 def test_what_a_killed_server_left_is_removed_by_the_next(short_dir: Path) -> None:
-    killed = short_dir / "manylora-killed"
-    killed.mkdir()
-    (killed / "adapter").write_bytes(b"x")
-    age(killed)
-    young = short_dir / "manylora-young"
-    young.mkdir()
-    other = short_dir / "somebody-else"
-    other.mkdir()
-    age(other)
     alive = ScratchDir(short_dir)
-    assert not killed.exists()
-    age(alive.path)
+    left = killed(short_dir)
     next_one = ScratchDir(short_dir)
+    assert not left.exists()
     assert alive.path.exists(), "it is locked"
-    assert young.exists(), "it may not be locked yet"
-    assert other.exists(), "it is not ours"
     alive.remove()
     next_one.remove()
 
 
-def test_a_link_is_not_followed(short_dir: Path) -> None:
-    precious = short_dir / "precious"
+def test_nobody_elses_directory_is_removed(short_dir: Path) -> None:
+    """However it is named and however old it is."""
+    precious = short_dir / "manylora-adapters"
     precious.mkdir()
-    (short_dir / "manylora-link").symlink_to(precious)
-    os.utime(short_dir / "manylora-link", (LONG_AGO, LONG_AGO), follow_symlinks=False)
+    (precious / "adapter").write_bytes(b"x")
+    os.utime(precious, (0, 0))
+    (short_dir / "manylora-empty").mkdir()
     ScratchDir(short_dir).remove()
-    assert precious.exists()
+    assert sorted(path.name for path in short_dir.iterdir()) == ["manylora-adapters", "manylora-empty"]
+    assert (precious / "adapter").read_bytes() == b"x"
+
+
+def test_a_link_is_not_followed(short_dir: Path, tmp_path: Path) -> None:
+    left = killed(tmp_path)
+    (short_dir / "manylora-link").symlink_to(left)
+    ScratchDir(short_dir).remove()
+    assert (left / "adapter").exists()
 
 
 def test_the_run_directory_leaves_room_for_a_sockets_name(

@@ -19,7 +19,9 @@ from manylora.runtime.messages import (
     unpack_i32,
     unpack_i64,
 )
-from tests.scheduler.fake_worker import BASE, chain, draw, logprob, top_ids
+from manylora.runtime.plan import float_bits
+from tests.scheduler import fake_grammar
+from tests.scheduler.fake_worker import BASE, VOCAB, chain, draw, logprob, top_ids
 
 EOS = 7
 
@@ -31,7 +33,7 @@ class Expected:
     request: GenerateReq
     sample: int
     tokens: list[int]
-    bound_to: int  # the version its name stood for when it was submitted; -1: none
+    bound_to: int = -1  # the version its name stood for when it was accepted; -1: it was not
     generated: int = 0
     prompt_lps: int = 0
     started: bool = False
@@ -65,8 +67,8 @@ class Expected:
         if not params.greedy:
             assert params.seed is not None
             salt = (params.seed & 0xFFFFFFFF, params.seed >> 32, self.sample)
-        banned = self.stops if self.generated < params.min_new_tokens else set[int]()
-        assert token == draw(link, salt, banned), "a wrong token"
+        biases = tuple((token, float_bits(bias)) for token, bias in (params.logit_bias or {}).items())
+        assert token == draw(link, (salt, biases), self._banned()), "a wrong token"
         top = self.request.num_top
         assert (chunk is None) == (top < 0)
         if chunk is not None:
@@ -76,6 +78,19 @@ class Expected:
             assert list(unpack_f32(chunk.top_logprobs)) == [logprob(link, i) for i in top_ids(link, top)]
         self.tokens.append(token)
         self.generated += 1
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[len(self.tokens) - self.generated :]
+
+    def _banned(self) -> set[int]:
+        params = self.request.params
+        early = self.generated < params.min_new_tokens
+        if params.regex is None:
+            return self.stops if early else set()
+        allowed = fake_grammar.allowed(params.regex, self.answer)
+        unwanted = self.stops | {EOS} if early else {EOS} if params.ignore_eos else set[int]()
+        return set(range(VOCAB)) - (allowed - unwanted or allowed)
 
     def on_prompt_logprobs(self, chunk: LogprobChunk, weights: str) -> None:
         first = self.request.logprob_start_len + 1 + self.prompt_lps
@@ -101,11 +116,16 @@ class Expected:
         prompt_len = len(self.tokens) - self.generated
         generated = self.tokens[prompt_len:]
         assert not self.stops.intersection(generated[:-1]), "it went on after a stop token"
-        if finish.reason == "stop":
+        text = self.request.params.regex
+        complete = text is not None and fake_grammar.complete(text, generated)
+        if finish.reason == "stop" and complete and generated[-1] not in self.stops:
+            assert finish.matched == (EOS if generated[-1] == EOS else None)
+        elif finish.reason == "stop":
             assert finish.matched == generated[-1]
             assert finish.matched in self.stops
         else:
             assert finish.reason == "length"
+            assert not complete
             assert self.generated == self.request.params.max_new_tokens
         start = self.request.logprob_start_len
         if self.request.num_top >= 0 and start >= 0:
@@ -144,7 +164,7 @@ class FakeFront:
                 refused = set(unpack_i64(message.handles))
                 for sequence in self.sequences.values():
                     if sequence.request.handle in refused:
-                        assert not sequence.ended
+                        assert sequence.finish is None
                         sequence.finish = message
             case AdapterReply() | Done() | State():
                 call = self.calls[message.call]

@@ -30,6 +30,7 @@ from manylora.runtime.plan import (
     SLOT_ID,
     SLOT_LAST_TOKEN,
     SLOT_MIN_NEW,
+    SLOT_NUM_BIASES,
     SLOT_PROMPT_LEN,
     SLOT_SAMPLE_INDEX,
     SLOT_SEED_HIGH,
@@ -59,10 +60,21 @@ def chain(weights: str, tokens: list[int]) -> int:
 
 def draw(link: int, salt: object, banned: set[int]) -> int:
     """The token drawn after the entry with hash `link`."""
+    assert len(banned) < VOCAB, "no token may be drawn"
     token = mix(link, salt) % VOCAB
     while token in banned:
         token = (token + 1) % VOCAB
     return token
+
+
+def read_masks(plan: ForwardBatch) -> dict[int, set[int]]:
+    """Place among the samples -> the tokens that may be drawn there."""
+    rows = [row for (row,) in read_section(plan, "masked")]
+    words = plan.payload[4 * plan.payload_size :]
+    size = 4 * -(-VOCAB // 32)
+    assert len(words) == size * len(rows)
+    bits = [int.from_bytes(words[i * size : (i + 1) * size], "little") for i in range(len(rows))]
+    return {row: {t for t in range(VOCAB) if mask >> t & 1} for row, mask in zip(rows, bits, strict=True)}
 
 
 def logprob(link: int, token: int) -> float:
@@ -87,6 +99,7 @@ class Entry(NamedTuple):
 class Slot:
     entry: tuple[int, ...]
     stop_ids: set[int] = field(default_factory=set)
+    biases: list[tuple[int, int]] = field(default_factory=list)
     history: list[tuple[int, int]] = field(default_factory=list)
     table: dict[int, int] = field(default_factory=dict)
     last_token: int = -1
@@ -254,6 +267,8 @@ class FakeWorker:
             self.slots[entry[SLOT_ID]] = Slot(entry, last_token=entry[SLOT_LAST_TOKEN])
         for slot, token in read_section(plan, "stop_ids"):
             self.slots[slot].stop_ids.add(token)
+        for slot, token, bias in read_section(plan, "biases"):
+            self.slots[slot].biases.append((token, bias))
         for slot, token, generated in read_section(plan, "history"):
             self.slots[slot].history.append((token, generated))
         for slot, index, page in read_section(plan, "pages"):
@@ -354,10 +369,13 @@ class FakeWorker:
     ) -> tuple[array[int], array[float], array[int], array[float]]:
         tokens, logprobs, tops, top_lps = array("i"), array("f"), array("i"), array("f")
         assert [row for row, _ in samples] == sorted({row for row, _ in samples})
-        needs_min_new = False
-        for index, position in samples:
+        needs_min_new = needs_biases = False
+        masks = read_masks(plan)
+        for sample, (index, position) in enumerate(samples):
             row = rows[index]
             slot = row.slot
+            assert len(slot.biases) == slot.entry[SLOT_NUM_BIASES]
+            needs_biases |= bool(slot.biases)
             assert position == row.start + len(row.tokens)
             link = chain(row.weights, [entry.token for entry in row.read] + row.tokens)
             generated = position - slot.entry[SLOT_PROMPT_LEN]
@@ -367,7 +385,10 @@ class FakeWorker:
                 assert plan.penalties
                 self._check_history(row, position)
             assert not plan.greedy or slot.salt == "greedy"
-            token = draw(link, slot.salt, slot.stop_ids if below_min else set())
+            forbidden = slot.stop_ids if below_min else set[int]()
+            if sample in masks:
+                forbidden = forbidden | (set(range(VOCAB)) - masks[sample])
+            token = draw(link, (slot.salt, tuple(slot.biases)), forbidden)
             if row.weights.startswith(NAN):
                 token = -1
             slot.last_token = max(token, 0)
@@ -378,6 +399,7 @@ class FakeWorker:
                 tops.extend(top_ids(link, plan.num_top))
                 top_lps.extend(logprob(link, i) for i in top_ids(link, plan.num_top))
         assert plan.min_new == needs_min_new
+        assert plan.biases == needs_biases
         return tokens, logprobs, tops, top_lps
 
     def _check_history(self, row: Row, position: int) -> None:

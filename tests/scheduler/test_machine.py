@@ -21,9 +21,11 @@ from hypothesis.stateful import (
 )
 
 from manylora.runtime.messages import Rejected
+from tests.scheduler import fake_grammar
 from tests.scheduler.fake_worker import NAN
 from tests.scheduler.world import EPOCH, Adapter, World
 
+GRAMMARS = ("1", "2", "5", "9", "b9", f"{fake_grammar.BAD}1", f"{fake_grammar.STUCK}2")
 NAMES = ("a", "b", "c", "d")
 PATHS = ("pa", "pb", "pc", f"{NAN}-weights")
 STEMS = ([], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12], list(range(10, 27)))
@@ -52,6 +54,10 @@ def request_params(draw: st.DrawFn) -> dict[str, Any]:
         params["ignore_eos"] = True
     if draw(small) == 0:
         params["stop_token_ids"] = [3, 11, 19]
+    if draw(small) == 0:
+        params["logit_bias"] = {draw(st.integers(0, 39)): -1.5, 3: 2.0}
+    if draw(small) <= 1:
+        params["regex"] = draw(st.sampled_from(GRAMMARS))
     if draw(small) <= 1:
         params |= {"num_top": draw(st.integers(0, 2)), "logprob_start_len": draw(st.integers(-1, 6))}
     return params
@@ -64,8 +70,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.resident_pins: set[int] = set()
         self.deadlines: list[tuple[float, int]] = []  # of unloads, with the record they are of
-        self.requests: Counter[int] = Counter()  # accepted, by record
-        self.hits: Counter[int] = Counter()
 
     @initialize(
         page_size=st.sampled_from((1, 2, 4)),
@@ -110,13 +114,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _submit(self, prompt: list[int], lora: str | None, params: dict[str, Any]) -> None:
         known = lora is None or lora in self.world.names
-        tiers = {adapter.lora_name: adapter.tier for adapter in self.world.state().adapters}
         sequences = self.world.submit(prompt, lora=lora, **params)
-        assert known or all(isinstance(s.finish, Rejected) for s in sequences)
-        if lora is not None and not isinstance(sequences[0].finish, Rejected):
-            record = self.world.front.records[sequences[0].bound_to]
-            self.requests[record] += 1
-            self.hits[record] += tiers[lora] == "resident"
+        if params.get("regex") is None:
+            assert known or all(isinstance(s.finish, Rejected) for s in sequences)
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -218,6 +218,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         while self.world.acks():
             self.world.ack()
 
+    @precondition(lambda self: self.world.grammar_jobs)
+    @rule(data=st.data(), fail=st.integers(0, 19))
+    def finish_grammar_job(self, data: st.DataObject, fail: int) -> None:
+        index = data.draw(st.integers(0, len(self.world.grammar_jobs) - 1))
+        self.world.finish_grammar_job(index, fail=fail == 0)
+
+    @precondition(lambda self: self.world.grammar_jobs)
+    @rule()
+    def finish_grammar_jobs(self) -> None:
+        while self.world.grammar_jobs:
+            self.world.finish_grammar_job()
+
     # ---- steps ------------------------------------------------------------------------------------------------
 
     @rule()
@@ -263,8 +275,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             record = records[adapter.version]
             versions = [version for version, of in records.items() if of == record]
             assert adapter.running + adapter.waiting == live[record] >= adapter.leases
-            assert (adapter.requests, adapter.tokens) == (self.requests[record], tokens[record])
-            assert adapter.hits == self.hits[record]
+            assert (adapter.requests, adapter.tokens) == (world.requests[record], tokens[record])
+            assert adapter.hits == world.hits[record]
             assert adapter.loads == sum(world.copies[version] for version in versions)
             left = adapter.loads - adapter.evictions
             assert left == (adapter.tier == "resident") or (len(versions) > 1 and left >= 0)

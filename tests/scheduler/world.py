@@ -19,6 +19,7 @@ from manylora.runtime.messages import (
     LoadAdapter,
     LoadFailed,
     LoadJob,
+    Rejected,
     State,
     Submit,
     UnloadAdapter,
@@ -28,7 +29,9 @@ from manylora.runtime.messages import (
 )
 from manylora.runtime.model_config import ModelConfig, parse_model_config
 from manylora.runtime.sampling_params import SamplingParams
+from manylora.scheduler.grammar import GrammarJob
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
+from tests.scheduler import fake_grammar
 from tests.scheduler.fake_front import EOS, Call, Expected, FakeFront
 from tests.scheduler.fake_worker import VOCAB, FakeWorker
 
@@ -125,6 +128,11 @@ class World:
             max_adapters=self.max_loras,
         )
         self.jobs: list[LoadJob] = []
+        self.grammar_jobs: list[GrammarJob] = []
+        self.decided: set[int] = set()  # handles of requests that wait no more for their grammars
+        # By record (see FakeFront): requests accepted, and those whose adapter was resident then.
+        self.requests: Counter[int] = Counter()
+        self.hits: Counter[int] = Counter()
         self.images: set[str] = set()  # not released yet
         self.copies: Counter[int] = Counter()  # those that every rank has done, by version
         self.failed_copies: set[int] = set()  # of those under way
@@ -161,12 +169,31 @@ class World:
             requests.append(request)
             self.next_handle += sampling.n
             for sample in range(sampling.n):
-                version = 0 if lora is None else self.names.get(lora, -1)
-                made.append(Expected(request, sample, list(prompt), version))
+                made.append(Expected(request, sample, list(prompt)))
                 self.sequences[request.handle + sample] = made[-1]
+        names, tiers = self._names_and_tiers()
         self.scheduler.on_front(Submit(requests))
         self._deliver()
+        self._bind_decided(names, tiers)
         return made
+
+    def _names_and_tiers(self) -> tuple[dict[str, int], dict[str, str]]:
+        return dict(self.names), {adapter.lora_name: adapter.tier for adapter in self.state().adapters}
+
+    def _bind_decided(self, names: dict[str, int], tiers: dict[str, str]) -> None:
+        """A request is accepted, and its adapter's name looked up, once its call waits for no grammar."""
+        parked = {r.handle for call in self.scheduler._grammars._parked for r in call.call.requests}
+        for sequence in self.sequences.values():
+            request = sequence.request
+            if request.handle in self.decided | parked or isinstance(sequence.finish, Rejected):
+                continue
+            name = request.lora_name
+            sequence.bound_to = 0 if name is None else names[name]
+            if name is not None and not sequence.sample:
+                record = self.front.records[names[name]]
+                self.requests[record] += 1
+                self.hits[record] += tiers[name] == "resident"
+        self.decided = {s.request.handle for s in self.sequences.values()} - parked
 
     def abort(self, *sequences: Expected) -> None:
         handles = [s.request.handle + s.sample for s in sequences]
@@ -267,6 +294,16 @@ class World:
         self.scheduler.loader_lost()
         self._deliver()
 
+    # ---- grammars -----------------------------------------------------------------------------------------------
+
+    def finish_grammar_job(self, index: int = 0, *, fail: bool = False) -> None:
+        """A grammar is compiled, or a mask computed."""
+        job = self.grammar_jobs.pop(index)
+        names, tiers = self._names_and_tiers()
+        self.scheduler.on_grammar(fake_grammar.do(job, fail=fail))
+        self._deliver()
+        self._bind_decided(names, tiers)
+
     # ---- the workers --------------------------------------------------------------------------------------------
 
     def acks(self) -> list[tuple[str, int, int]]:
@@ -318,6 +355,8 @@ class World:
                 self.finish_job()
             while self.acks():
                 self.ack()
+            while self.grammar_jobs:
+                self.finish_grammar_job()
             if self.worker.flights:
                 self.complete_step()
         raise AssertionError("no progress")
@@ -348,6 +387,8 @@ class World:
         for job in scheduler.to_loader:
             assert isinstance(job, LoadJob)
             self.jobs.append(job)
+        self.grammar_jobs += scheduler.to_grammars
+        scheduler.to_grammars.clear()
         for path in scheduler.released_images:
             self.images.remove(path)
         messages = list(scheduler.to_front)

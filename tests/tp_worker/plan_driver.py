@@ -11,7 +11,14 @@ import torch
 
 from manylora.lora.page_layout import pool_geometry
 from manylora.runtime.model_config import load_model_config
-from manylora.runtime.plan import FROM_SLOT, ForwardBatch, ForwardOutput, PlanBuilder, slot_entry
+from manylora.runtime.plan import (
+    FROM_SLOT,
+    ForwardBatch,
+    ForwardOutput,
+    PlanBuilder,
+    float_bits,
+    slot_entry,
+)
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.distributed import init_tp_group
@@ -107,6 +114,8 @@ class Driver:
         if params.min_new_tokens:
             for token in stop_ids:
                 self._builder.add("stop_ids", slot, token)
+        for token, bias in (params.logit_bias or {}).items():
+            self._builder.add("biases", slot, token, float_bits(bias))
         if params.has_penalties:
             for index, token in enumerate(known):
                 self._builder.add("history", slot, token, int(index >= prompt_len))
@@ -129,10 +138,11 @@ class Driver:
         num_top: int = -1,
         prompt_lps: Sequence[tuple[int, int, int]] = (),
         adapters: Mapping[int, Sequence[int]] = MappingProxyType({}),
+        allowed: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> ForwardBatch:
         """One step of `rows` (slot, start, tokens), prefill rows first; the slots in `samples` (default: all) draw.
 
-        adapters: slot -> the slices of its adapter.
+        adapters: slot -> the slices of its adapter; allowed: slot -> the only tokens it may draw.
         """
         offset = 0
         sampling: list[int] = []
@@ -145,6 +155,8 @@ class Driver:
             self._builder.extend("tokens", tokens)
             if samples is None or slot in samples:
                 self._builder.add("samples", index, end)
+                if slot in allowed:
+                    self._builder.add_mask(len(sampling), mask_of(allowed[slot], self._vocab_size))
                 sampling.append(slot)
                 min_new |= end < self._min_new_ends[slot]
             if slot in adapters:
@@ -168,19 +180,29 @@ class Driver:
             min_new=min_new,
             num_top=num_top,
             num_prompt_top=max((entry[2] for entry in prompt_lps), default=-1),
+            biases=any(bool(self._params[slot].logit_bias) for slot in sampling),
         )
         self._builder = PlanBuilder()
         return plan
 
     def decode(
-        self, starts: Mapping[int, int], adapters: Mapping[int, Sequence[int]] = MappingProxyType({})
+        self,
+        starts: Mapping[int, int],
+        adapters: Mapping[int, Sequence[int]] = MappingProxyType({}),
+        allowed: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> ForwardBatch:
         """One token of each slot, after whatever it sampled last."""
-        return self.plan([(slot, start, [FROM_SLOT]) for slot, start in starts.items()], adapters=adapters)
+        rows = [(slot, start, [FROM_SLOT]) for slot, start in starts.items()]
+        return self.plan(rows, adapters=adapters, allowed=allowed)
 
     def _add_page(self, slot: int, page: int) -> None:
         self._builder.add("pages", slot, len(self._pages[slot]), page)
         self._pages[slot].append(page)
+
+
+def mask_of(tokens: Sequence[int], vocab_size: int) -> bytes:
+    """The mask that allows only these."""
+    return sum(1 << token for token in set(tokens)).to_bytes(4 * -(-vocab_size // 32), "little")
 
 
 def run(runner: ModelRunner, plan: ForwardBatch) -> ForwardOutput:

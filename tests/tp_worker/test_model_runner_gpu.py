@@ -31,6 +31,7 @@ SAMPLED = SamplingParams(
     repetition_penalty=1.2,
     frequency_penalty=0.5,
     min_new_tokens=3,
+    logit_bias={9: 1.5, 40: -3.0},
 )
 
 
@@ -131,10 +132,10 @@ def test_a_step_never_waits_for_the_device(model_dir: Path) -> None:
     torch.cuda.set_sync_debug_mode("error")
     driver.take_slot(3, SAMPLED, PROMPT, stop_ids=[1, 2])
     driver.share_prefix(1, 3, 9)
-    asked = [(1, PROMPT[10], 2)]
+    asked, some = [(1, PROMPT[10], 2)], {3: range(100)}
     plans = [
-        driver.plan([(3, 9, PROMPT[9:]), (1, len(PROMPT), [-1])], num_top=3, prompt_lps=asked),
-        driver.decode({1: len(PROMPT) + 1, 3: len(PROMPT)}),
+        driver.plan([(3, 9, PROMPT[9:]), (1, len(PROMPT), [-1])], num_top=3, prompt_lps=asked, allowed=some),
+        driver.decode({1: len(PROMPT) + 1, 3: len(PROMPT)}, allowed=some),
         driver.decode({1: len(PROMPT) + 2}),
     ]
     pending = [runner.execute(plan) for plan in plans]

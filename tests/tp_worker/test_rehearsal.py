@@ -20,7 +20,7 @@ def test_a_sequence_goes_on_as_if_nothing_had_been(tiny_models: TinyModels) -> N
     runner, driver = build_runner(model_dir), Driver(VOCAB_SIZE)
     driver.take_slot(2, SamplingParams(temperature=0.0), PROMPT)
     drawn = [run(runner, driver.plan([(2, 0, PROMPT)]))]
-    rehearse(runner, Rehearsal(NUM_SLOTS, NUM_SLOTS, MAX_PAGES * PAGE_SIZE, lora=False))
+    rehearse(runner, Rehearsal(NUM_SLOTS, NUM_SLOTS, MAX_PAGES * PAGE_SIZE, VOCAB_SIZE, lora=False))
     drawn += [run(runner, driver.decode({2: len(PROMPT) + step})) for step in range(4)]
     expected = Reference(model_dir).generate(None, PROMPT, 5).tokens
     assert [unpack_i32(output.tokens)[0] for output in drawn] == expected
@@ -29,7 +29,7 @@ def test_a_sequence_goes_on_as_if_nothing_had_been(tiny_models: TinyModels) -> N
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("max_rows", "max_tokens"), [(1, 5), (256, 8192), (512, 2048)])
 def test_every_plan_is_well_formed(max_rows: int, max_tokens: int, lora: bool) -> None:
-    plans = list(Rehearsal(9, max_rows, max_tokens, lora).plans())
+    plans = list(Rehearsal(9, max_rows, max_tokens, 100, lora).plans())
     for plan in plans:
         rows = read_section(plan, "rows")
         assert plan.num_rows <= max_rows
@@ -44,6 +44,7 @@ def test_every_plan_is_well_formed(max_rows: int, max_tokens: int, lora: bool) -
 
 def test_there_are_steps_of_every_size() -> None:
     sizes = {
-        (plan.num_prefill_rows, plan.num_prefill_tokens) for plan in Rehearsal(0, 512, 8192, True).plans()
+        (plan.num_prefill_rows, plan.num_prefill_tokens)
+        for plan in Rehearsal(0, 512, 8192, 100, True).plans()
     }
     assert {(1, 8), (1, 64), (40, 40), (1, 512), (40, 480), (300, 300), (1, 4096), (40, 4080)} < sizes

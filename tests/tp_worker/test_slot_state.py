@@ -9,7 +9,7 @@ from manylora.runtime.sampling_params import MAX_STOP_TOKEN_IDS, SamplingParams
 from manylora.tp_worker.slot_state import SlotState
 
 VOCAB = 12
-WIDTHS = {"slots": 16, "stop_ids": 2, "history": 3, "pages": 3}
+WIDTHS = {"slots": 16, "stop_ids": 2, "biases": 3, "history": 3, "pages": 3}
 
 
 def state() -> SlotState:
@@ -110,3 +110,19 @@ def test_pages_fill_the_page_table() -> None:
     slots.apply(sections(pages=[[3, 1, 9]]))
     assert slots.page_table[0, :2].tolist() == [17, 2]
     assert slots.page_table[3, :2].tolist() == [4, 9]
+
+
+def test_biases_are_those_of_the_last_sequence() -> None:
+    slots = state()
+    first = SamplingParams(logit_bias={3: 1.5, 4: -2.0, 11: 100.0})
+    bits = [[2, token, float_bits(bias)] for token, bias in (first.logit_bias or {}).items()]
+    others = [[0, 7, float_bits(0.25)]]
+    entries = [entry(2, first), entry(0, SamplingParams(logit_bias={7: 0.25}))]
+    slots.apply(sections(slots=entries, biases=bits + others))
+    columns = slots.sampling(torch.tensor([2, 0, 1]))
+    assert columns.num_biases.tolist() == [3, 1, 0]
+    assert slots.bias_ids[2, :3].tolist() == [3, 4, 11]
+    assert slots.biases[2, :3].tolist() == [1.5, -2.0, 100.0]
+    assert (slots.bias_ids[0, 0].item(), slots.biases[0, 0].item()) == (7, 0.25)
+    slots.apply(sections(slots=[entry(2, SamplingParams())]))
+    assert slots.sampling(torch.tensor([2])).num_biases.tolist() == [0]

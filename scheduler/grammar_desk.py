@@ -1,0 +1,101 @@
+"""Calls that wait for their grammars: accepted only when every grammar of the call is known to be good.
+
+A grammar is compiled once and remembered, as is the error of one that cannot be compiled.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from manylora.runtime.errors import ErrorInfo, QueueFullError
+from manylora.runtime.messages import Submit
+from manylora.scheduler.grammar import Compiled, CompileJob, Grammar, GrammarSource, source_of
+from manylora.scheduler.outbox import Outbox
+
+MAX_REMEMBERED = 32  # grammars; a large one takes megabytes
+
+Grammars = dict[GrammarSource, Grammar]
+
+
+@dataclass(slots=True)
+class ParkedCall:
+    """`grammars`: those compiled so far of `wanted`; `aborted`: handles that nobody waits for any more."""
+
+    call: Submit
+    wanted: set[GrammarSource]
+    grammars: Grammars
+    error: ErrorInfo | None = None
+    aborted: list[int] = field(default_factory=list[int])
+
+    @property
+    def ready(self) -> bool:
+        return self.error is not None or self.wanted == self.grammars.keys()
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(request.params.n for request in self.call.requests)
+
+    def add(self, compiled: Compiled) -> None:
+        if isinstance(compiled.outcome, Grammar):
+            self.grammars[compiled.source] = compiled.outcome
+        else:
+            param = f"sampling_params.{compiled.source.kind}"
+            error = compiled.outcome
+            self.error = self.error or ErrorInfo(error.code, error.message, error.status, param)
+
+
+class GrammarDesk:
+    def __init__(self, outbox: Outbox, max_queued: int) -> None:
+        self._outbox = outbox
+        self._max_queued = max_queued
+        self._remembered: OrderedDict[GrammarSource, Compiled] = OrderedDict()
+        self._compiling: set[GrammarSource] = set()
+        self._parked: list[ParkedCall] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._parked)
+
+    def take(self, call: Submit) -> ParkedCall | None:
+        """The call with its grammars if all are known (or one is known to be bad); else it is parked until they are.
+
+        Raises QueueFullError if too much is parked.
+        """
+        parked = ParkedCall(call, {s for r in call.requests if (s := source_of(r.params)) is not None}, {})
+        for source in parked.wanted:
+            if (known := self._remembered.get(source)) is not None:
+                self._remembered.move_to_end(source)
+                parked.add(known)
+        if parked.ready:
+            return parked
+        waiting = sum(other.num_sequences for other in self._parked)
+        if waiting + parked.num_sequences > self._max_queued:
+            raise QueueFullError(
+                f"{waiting} sequences wait for their grammars; {parked.num_sequences} more exceed the limit of "
+                f"{self._max_queued}."
+            )
+        self._parked.append(parked)
+        missing = parked.wanted - parked.grammars.keys() - self._compiling
+        self._compiling |= missing
+        self._outbox.to_grammars += [CompileJob(source) for source in sorted(missing)]
+        return None
+
+    def on_compiled(self, compiled: Compiled) -> list[ParkedCall]:
+        """The calls that wait no longer, in the order they came."""
+        self._compiling.discard(compiled.source)
+        self._remembered[compiled.source] = compiled
+        if len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+        for parked in self._parked:
+            if compiled.source in parked.wanted:
+                parked.add(compiled)
+        ready = [parked for parked in self._parked if parked.ready]
+        self._parked = [parked for parked in self._parked if not parked.ready]
+        return ready
+
+    def abort(self, handle: int) -> None:
+        """Nobody waits for this sequence any more, if it is one of a parked call."""
+        for parked in self._parked:
+            if any(r.handle <= handle < r.handle + r.params.n for r in parked.call.requests):
+                parked.aborted.append(handle)
