@@ -1,5 +1,5 @@
 """docs/api.md is what the server does: every request in it is sent, in order, and answered as it says. Those of the
-README are answered, too.
+README and of docs/structured_output.md are answered, too.
 """
 
 from __future__ import annotations
@@ -153,12 +153,13 @@ def test_every_answer_is_the_servers(server: Server) -> None:
     assert num_compared > 20
 
 
-def test_requests_of_the_readme_are_answered(server: Server) -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_requests_of_other_pages_are_answered(server: Server) -> None:
+    pages = ("README.md", "docs/structured_output.md")
+    text = "\n".join((REPOSITORY / page).read_text(encoding="utf-8") for page in pages)
     fences = re.findall(r"^```bash\n([\s\S]*?)^```$", text, flags=re.MULTILINE)
     commands = [part for fence in fences for part in re.split(r"^(?=\w)", fence, flags=re.MULTILINE)]
     requests = [read_curl(command) for command in commands if command.startswith("curl ")]
-    assert len(requests) >= 5
+    assert len(requests) >= 7
     for method, path, body in requests:
         reply = server.request(method, path, body)
         assert reply.status in (200, 201), (method, path, reply.body)

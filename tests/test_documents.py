@@ -206,6 +206,15 @@ def test_the_digest_is_what_the_page_computes(monkeypatch: pytest.MonkeyPatch) -
     assert output.getvalue().strip() == digest[1]
 
 
+def test_times_of_the_operations_page_are_measured_ones() -> None:
+    [paragraph] = [
+        part for part in TEXTS["docs/operations.md"].split("\n\n") if part.startswith("What it costs")
+    ]
+    numbers = re.findall(r"\d+\.\d+|\d{4}|\d+(?= ms)", paragraph)
+    assert len(numbers) == 5
+    assert [number for number in numbers if number not in TEXTS["docs/benchmarks.md"]] == []
+
+
 def test_sizes_of_the_example_are_those_of_the_layout() -> None:
     """Llama-3.1-8B: bytes of a rank, pages of an adapter, KV of a token."""
     model = ModelConfig(

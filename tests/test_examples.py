@@ -26,6 +26,7 @@ PRINTED = {
         'json: {"answer": "Berlin"}',
         "upper_case: THE CAPITAL OF GERMANY IS BERLIN. (8 tokens)",
     ],
+    "structured_output.py": ["{'answer': 'Berlin'}", " Cairo"],
     "replace_adapter.py": [
         "loaded version …",
         "replaced by a later version: True, rank 24",
