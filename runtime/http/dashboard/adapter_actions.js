@@ -14,45 +14,60 @@ const pathOf = (name) => `v1/adapters/${encodeURIComponent(name)}`;
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
 const choose = (name, value) => (document.querySelector(`input[name="${name}"][value="${value}"]`).checked = true);
 
-/** Do it and say so; what the server refuses is said and no error. */
-async function attempt(doing, action) {
+/** Do it and say so; what the server refuses is said, with the button `retry` if there is one. */
+async function attempt(doing, action, retry = null) {
   const told = notice(`${doing} …`);
   try {
     const done = await action();
     notice(done, { fades: true });
-    return true;
   } catch (error) {
-    notice(`${doing}: ${error.message}`, { bad: true });
-    return false;
+    notice(`${doing}: ${error.message}`, { bad: true, action: retry });
   } finally {
     told.remove();
     changed();
   }
 }
 
-/** Ask what to load; `card`: the adapter it shall replace. A refusal opens the form again with what was written. */
-export async function askToLoad(card = null) {
-  byId("load-title").textContent = card ? "Replace an adapter" : "Load an adapter";
-  byId("load-name").value = card?.name ?? "";
-  byId("load-path").value = card?.path ?? "";
-  byId("load-pinned").checked = card?.pinned ?? false;
-  byId("load-version").value = card?.version ?? "";
-  choose("load-taken", card ? "version" : "refuse");
-  do {
-    if ((await ask(byId("load-dialog"))) !== "load") return;
-  } while (!(await load()));
+/** Ask what to load; `card`: the adapter it shall replace. */
+export function askToLoad(card = null) {
+  const { name = "", path = "", pinned = false, version = "" } = card ?? {};
+  return fillLoadForm({ name, path, pinned, version, taken: card ? "version" : "refuse" });
+}
+
+for (const radio of document.querySelectorAll('input[name="load-taken"]')) {
+  radio.addEventListener("change", () => (byId("load-version").required = chosen("load-taken") === "version"));
+}
+
+async function fillLoadForm({ name, path, pinned, version, taken }) {
+  byId("load-name").value = name;
+  byId("load-path").value = path;
+  byId("load-pinned").checked = pinned;
+  byId("load-version").value = version;
+  byId("load-version").required = taken === "version";
+  choose("load-taken", taken);
+  if ((await ask(byId("load-dialog"))) === "load") await load();
 }
 
 async function load() {
-  const name = byId("load-name").value;
-  const body = { path: byId("load-path").value, pinned: byId("load-pinned").checked };
-  const taken = chosen("load-taken");
-  if (taken === "refuse") body.if_version = 0;
-  if (taken === "version") body.if_version = byId("load-version").valueAsNumber || 0;
-  return attempt(`Loading ${name}`, async () => {
-    const card = await callJson(pathOf(name), { method: "PUT", body });
-    return `${card.name} is loaded, version ${card.version}.`;
+  const given = {
+    name: byId("load-name").value,
+    path: byId("load-path").value,
+    pinned: byId("load-pinned").checked,
+    version: byId("load-version").value,
+    taken: chosen("load-taken"),
+  };
+  const body = { path: given.path, pinned: given.pinned };
+  if (given.taken === "refuse") body.if_version = 0;
+  if (given.taken === "version") body.if_version = Number(given.version);
+  const retry = button("Change and try again", () => {
+    retry.parentNode.remove();
+    fillLoadForm(given);
   });
+  const put = async () => {
+    const card = await callJson(pathOf(given.name), { method: "PUT", body });
+    return `${card.name} is loaded, version ${card.version}.`;
+  };
+  await attempt(`Loading ${given.name}`, put, retry);
 }
 
 export function setPinned(card, pinned) {

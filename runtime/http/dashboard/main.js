@@ -17,6 +17,13 @@ const SPAN_MS = 5 * 60000;
 const WINDOW_MS = 30000; // of percentiles: in two seconds too few tokens come to have any
 const NAMES_EVERY_MS = 15000; // of the adapters' names, for whom no admin key opens their table
 
+let locked = false; // nothing is to be had until there is another key
+let refused = null; // why the table of adapters is not to be had until there is another key
+let namesAt = -Infinity;
+let timer = null;
+let asking = null; // the round under way
+let again = false; // something changed meanwhile
+
 const history = new History(SPAN_MS);
 const charts = [
   {
@@ -46,7 +53,7 @@ function setStatus(state, text) {
 
 async function askMetrics() {
   try {
-    const response = await call("metrics", { signal: AbortSignal.timeout(ANSWER_MS) });
+    const response = await call("metrics", { timeoutMs: ANSWER_MS });
     const moment = parse(await response.text(), Date.now());
     history.add(moment);
     setText(byId("model"), moment.model.model);
@@ -56,17 +63,15 @@ async function askMetrics() {
     for (const { chart, series } of charts) chart.draw(series(), moment.at);
     setStatus("serving", "serving");
   } catch (error) {
-    setStatus("failed", error.code === "unreachable" ? "does not answer" : error.message);
+    locked = error.status === 401;
+    setStatus("failed", error.message);
   }
 }
-
-let refused = null; // why the table of adapters is not to be had, until there is another key
-let namesAt = -Infinity;
 
 async function askAdapters() {
   try {
     if (refused === null) {
-      const { data } = await callJson("v1/adapters", { signal: AbortSignal.timeout(ANSWER_MS) });
+      const { data } = await callJson("v1/adapters", { timeoutMs: ANSWER_MS });
       drawAdapters(data);
       offerAdapters(data.map(({ name }) => name));
     }
@@ -83,16 +88,12 @@ async function askAdapters() {
 async function askNames() {
   namesAt = performance.now();
   try {
-    const { data } = await callJson("v1/models", { signal: AbortSignal.timeout(ANSWER_MS) });
+    const { data } = await callJson("v1/models", { timeoutMs: ANSWER_MS });
     offerAdapters(data.filter(({ parent }) => parent !== null).map(({ id }) => id));
   } catch {
     offerAdapters([]); // the status says why
   }
 }
-
-let timer = null;
-let asking = null; // the round under way
-let again = false; // something changed meanwhile
 
 /** One round now, then one after each pause while somebody looks at the page. */
 function refresh() {
@@ -105,7 +106,7 @@ function refresh() {
   asking = Promise.all([askMetrics(), askAdapters()]).finally(() => {
     asking = null;
     const pause = Math.min(Math.max(PAUSE_MS, COST_FACTOR * (performance.now() - began)), MAX_PAUSE_MS);
-    if (!document.hidden) timer = setTimeout(refresh, again ? 0 : pause);
+    if (!document.hidden && (again || !locked)) timer = setTimeout(refresh, again ? 0 : pause);
     again = false;
   });
 }
@@ -114,7 +115,7 @@ document.addEventListener("visibilitychange", () => (document.hidden ? clearTime
 byId("key-button").addEventListener("click", () => askForKey("The key that this page sends."));
 onChange(refresh);
 onKeyChange(() => {
-  [refused, namesAt] = [null, -Infinity];
+  [locked, refused, namesAt] = [false, null, -Infinity];
   refresh();
 });
 refresh();

@@ -22,25 +22,28 @@ export function onKeyChange(listener) {
   listeners.push(listener);
 }
 
-/** A response that is fine. Where the server wants a key the page asks for it, once. Throws Problem, or AbortError. */
-export async function call(path, { method = "GET", body, signal } = {}) {
+/** A response that is fine. Where the server wants a key the page asks for it, once. Throws Problem, or AbortError if
+ * `signal` aborts. `timeoutMs`: for the answer, without the time that somebody looks for a key. */
+export async function call(path, { method = "GET", body, signal, timeoutMs } = {}) {
   for (;;) {
     const sent = key;
     const headers = {};
     if (sent !== null) headers.Authorization = `Bearer ${sent}`;
     if (body !== undefined) headers["Content-Type"] = "application/json";
     const data = body === undefined ? undefined : JSON.stringify(body);
+    const until = timeoutMs === undefined ? signal : AbortSignal.timeout(timeoutMs);
     let response;
     try {
-      response = await fetch(path, { method, headers, body: data, signal, cache: "no-store" });
+      response = await fetch(path, { method, headers, body: data, signal: until, cache: "no-store" });
     } catch (error) {
-      if (signal?.aborted && error.name === "AbortError") throw error;
+      if (signal?.aborted) throw error;
       throw new Problem(0, "unreachable", "The server does not answer.");
     }
     if (response.ok) return response;
     const problem = await problemOf(response);
+    if (problem.status === 401 && sent === null) problem.message = "This needs a key.";
     if (problem.status !== 401 || declined) throw problem;
-    if (sent === key) await askForKey(sent === null ? "This server wants a key." : problem.message);
+    if (sent === key) await askForKey(problem.message);
     if (declined) throw problem;
   }
 }
