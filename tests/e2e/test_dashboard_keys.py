@@ -14,7 +14,11 @@ from tests.server import Server, running_server
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
-USER_KEY, ADMIN_KEY, STRANGE_KEY = "the-users-key-0123456789", "the-admins-key-0123456789", "nobodys-0123456789"
+USER_KEY, ADMIN_KEY, STRANGE_KEY = (
+    "the-users-key-0123456789",
+    "the-admins-key-0123456789",
+    "nobodys-0123456789",
+)
 REFUSED = ("Failed to load resource",)  # a browser logs every 4xx
 
 

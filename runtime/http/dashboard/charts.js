@@ -3,7 +3,7 @@
 import { el, setText } from "./dom.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [420, 150, 52, 6, 8, 18];
+const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [320, 140, 50, 6, 8, 18];
 
 function svg(tag, attributes, ...children) {
   const node = document.createElementNS(NAMESPACE, tag);

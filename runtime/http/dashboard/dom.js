@@ -39,11 +39,13 @@ export function bytes(count) {
 }
 
 export function whole(count) {
+  if (count === null) return "–";
   return Math.round(count).toLocaleString("en");
 }
 
 export function seconds(value) {
   if (value === null) return "–";
+  if (value === 0) return "0";
   return value < 1 ? `${(value * 1000).toFixed(value < 0.01 ? 1 : 0)} ms` : `${value.toFixed(2)} s`;
 }
 

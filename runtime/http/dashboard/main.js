@@ -3,7 +3,7 @@
 import { drawAdapters } from "./adapters.js";
 import { onChange } from "./adapter_actions.js";
 import { Chart } from "./charts.js";
-import { byId, rate, seconds, setText } from "./dom.js";
+import { byId, rate, seconds, setText, whole } from "./dom.js";
 import { History, growth, parse, quantile } from "./metrics.js";
 import { offerAdapters, setBaseModel } from "./playground.js";
 import { drawPool } from "./pool.js";
@@ -31,7 +31,7 @@ const charts = [
     series: () => [history.series(growth("generated")), history.series(growth("read"))],
   },
   {
-    chart: new Chart("Requests", ["running", "waiting"], { format: rate, least: 1, spanMs: SPAN_MS }),
+    chart: new Chart("Requests", ["running", "waiting"], { format: whole, least: 2, spanMs: SPAN_MS }),
     series: () => [history.series((now) => now.running), history.series((now) => now.waiting)],
   },
   percentiles("Time to first token", "firstToken"),
