@@ -10,8 +10,8 @@ import { drawPool } from "./pool.js";
 import { askForKey, call, callJson, onKeyChange } from "./server.js";
 
 const PAUSE_MS = 2000;
-const MAX_PAUSE_MS = 30000;
-const COST_FACTOR = 10; // asking takes at most so small a part of the time, however many adapters there are
+const MAX_PAUSE_MS = 10000;
+const COST_FACTOR = 4; // a pause is at least so many times as long as the asking, however many adapters there are
 const ANSWER_MS = 10000;
 const SPAN_MS = 5 * 60000;
 const WINDOW_MS = 30000; // of percentiles: in two seconds too few tokens come to have any
