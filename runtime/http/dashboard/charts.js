@@ -12,10 +12,10 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
-/** The least of 1, 2, 5, 10, 20 … times a power of ten that is not below `value`. */
+/** The least of …, 1, 2, 4, 10, 20, 40, … that is not below `value`: from 2 on their halves are whole, too. */
 function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= value * 0.9999);
+  return [1, 2, 4, 10].map((factor) => factor * power).find((one) => one >= value * 0.9999);
 }
 
 /** A chart with `lines`: [{label}]; `format` says a value; `least`: what the axis shows at least. */
@@ -59,7 +59,7 @@ export class Chart {
 
   #minutes(start, now, x) {
     const marks = [];
-    for (let minute = 0; minute * 60000 <= now - start; minute += 1) {
+    for (let minute = 0; minute * 60000 <= now - start; minute += minute ? 2 : 1) {
       const text = minute ? `−${minute} min` : "now";
       const anchor = minute ? (x(now - minute * 60000) > LEFT + 20 ? "middle" : "start") : "end";
       marks.push(svg("text", { x: x(now - minute * 60000), y: HEIGHT - 4, "text-anchor": anchor }, text));

@@ -14,14 +14,14 @@ let running = 0; // runs that have not ended
 
 /** Offer the base model and these adapters; what was ticked stays so. */
 export function offerAdapters(names) {
-  const wanted = [BASE, ...names];
+  const wanted = new Set([BASE, ...names]);
   const list = byId("play-adapters");
   for (const [name, { node }] of choices) {
-    if (wanted.includes(name)) continue;
+    if (wanted.has(name)) continue;
     node.remove();
     choices.delete(name);
   }
-  wanted.forEach((name, i) => {
+  [...wanted].forEach((name, i) => {
     if (!choices.has(name)) choices.set(name, makeChoice(name, i < 3));
     const { node } = choices.get(name);
     if (list.children[i] !== node) list.insertBefore(node, list.children[i] ?? null);
