@@ -108,6 +108,7 @@ def scheduler_families(state: State, config: ServerConfig, info: ServerInfo) -> 
         _gauge("num_requests_running", "Requests in the running batch.", state.running),
         _gauge("num_requests_waiting", "Requests that wait.", state.waiting),
         _gauges("num_pages", "Pages of a GPU's pool, by what is in them.", ["use"], _by_one(_pages(state))),
+        _gauge("page_bytes", "Bytes of a page, on each GPU.", info.page_bytes),
         _gauges(
             "num_host_pages",
             "Pages for adapters in the host's memory, by what is in them.",

@@ -29,6 +29,21 @@ print(digest.hexdigest(), sys.argv[1])
 ' "$2"
 }
 
+# ensure_chromium: for the tests of the dashboard. Where it is not there and cannot be had, they are skipped.
+ensure_chromium() {
+  if command -v chromium chromium-browser google-chrome >/dev/null; then
+    return
+  fi
+  if ((EUID == 0)) && command -v apt-get >/dev/null; then
+    echo "Installing chromium for the tests of the dashboard ..."
+    if timeout 120 apt-get -qq update &>/dev/null &&
+      DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq install -y --no-install-recommends chromium &>/dev/null; then
+      return
+    fi
+  fi
+  echo "No chromium (on Debian: apt install chromium): the tests of the dashboard in a browser are skipped."
+}
+
 # ensure_venv run|dev: .venv holds manylora in editable form, with the dev extra if asked. Reused while nothing it is
 # made of has changed; "dev" serves "run" too.
 ensure_venv() {

@@ -14,6 +14,7 @@ RESPONSES = web.AppKey(
     "responses", dict[tuple[str, str, str], int]
 )  # (handler, method, status class) -> how many
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+_ASKED_ALL_DAY = frozenset(("/metrics", "/health", "/v1/adapters"))  # by machines, and by the dashboard
 _ID = web.RequestKey("request_id", str)
 
 
@@ -39,8 +40,7 @@ class AccessLogger(AbstractAccessLogger):
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
         http = f"HTTP/{request.version.major}.{request.version.minor}"
-        # Machines ask these all day long.
-        quiet = request.path in ("/metrics", "/health") and response.status < 400
+        quiet = request.method == "GET" and request.path in _ASKED_ALL_DAY and response.status < 400
         self.logger.log(
             logging.DEBUG if quiet else logging.INFO,
             '%s - "%s %s %s" %s',

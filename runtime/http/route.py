@@ -24,6 +24,7 @@ class Route:
 
     body: the type of its JSON body, None if it takes none; answer: that of its JSON answer, None where it is something else.
     streams: with `stream: true` the answer comes as server-sent events. summary: one line for the published document.
+    page: for people; left out of that document.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Route:
     body: Any = None
     answer: Any = None
     streams: bool = False
+    page: bool = False
 
     @property
     def published_path(self) -> str:

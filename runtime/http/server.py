@@ -13,6 +13,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from manylora.runtime.http import (
     adapter_admin_routes,
     adapter_routes,
+    dashboard_routes,
     generate_routes,
     metrics_routes,
     server_routes,
@@ -34,6 +35,7 @@ ROUTES = (
     *adapter_admin_routes.ROUTES,
     *server_routes.ROUTES,
     *metrics_routes.ROUTES,
+    *dashboard_routes.ROUTES,
 )
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
