@@ -126,7 +126,7 @@ def _error_response(error: ErrorInfo) -> web.Response:
 
 ROUTES = (
     Route("GET", _PATH, list_adapters, Access.ADMIN, "Every loaded adapter.", answer=AdapterList),
-    Route("GET", _NAMED, get_adapter, Access.ADMIN, "One adapter.", answer=AdapterCard),
+    Route("GET", _NAMED, get_adapter, Access.ADMIN, "One adapter.", answer=AdapterCard, errors=(400, 404)),
     Route(
         "PUT",
         _NAMED,
@@ -135,6 +135,8 @@ ROUTES = (
         "Load or replace an adapter.",
         body=PutAdapterBody,
         answer=AdapterCard,
+        creates=True,
+        errors=(403, 409, 422),
     ),
     Route(
         "PATCH",
@@ -144,6 +146,7 @@ ROUTES = (
         "Change an adapter's settings.",
         body=PatchAdapterBody,
         answer=AdapterCard,
+        errors=(404, 409),
     ),
     Route(
         "DELETE",
@@ -152,6 +155,8 @@ ROUTES = (
         Access.ADMIN,
         "Unload an adapter.",
         body=DeleteAdapterBody,
+        query=DeleteAdapterBody,
         answer=AdapterCard,
+        errors=(404, 409),
     ),
 )
