@@ -12,7 +12,16 @@ from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 
-from manylora.runtime.bounds import MAX_INPUTS, RequestId, Text, TokenId, TokenIds, TopLogprobs, published
+from manylora.runtime.bounds import (
+    MAX_INPUTS,
+    AdapterName,
+    RequestId,
+    Text,
+    TokenId,
+    TokenIds,
+    TopLogprobs,
+    published,
+)
 from manylora.runtime.errors import BadRequestError
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt
@@ -107,8 +116,8 @@ class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class LoadAdapterBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`/load_lora_adapter`. `lora_path` is a directory or a hub id."""
 
-    lora_name: str
-    lora_path: str
+    lora_name: AdapterName
+    lora_path: Text
     pinned: bool = False
     replace: bool = False
 

@@ -15,6 +15,7 @@ MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_STOP_TOKEN_IDS = 64  # eos ids of the model included
 MAX_TOP_LOGPROBS = 128
 MAX_RID_LENGTH = 512  # characters; every event of a stream repeats it
+MAX_NAME_LENGTH = 512  # characters of an adapter's name
 MAX_MESSAGES = 4096
 MAX_PENALTY = 2
 MAX_TEMPERATURE = 1e30  # workers hold these as float32, where neither this
@@ -43,4 +44,5 @@ StopStrings = Annotated[list[StopString], published(maxItems=MAX_STOP_STRINGS)]
 StopTokenIds = Annotated[list[TokenId], published(maxItems=MAX_STOP_TOKEN_IDS)]
 RequestId = Annotated[str, published(maxLength=MAX_RID_LENGTH)]
 TokenIds = Annotated[list[TokenId], published(minItems=1)]
+AdapterName = Annotated[str, published(minLength=1, maxLength=MAX_NAME_LENGTH)]
 Text = Annotated[str, published(minLength=1)]

@@ -17,6 +17,7 @@ from manylora.runtime.http import (
     adapter_routes,
     generate_routes,
     metrics_routes,
+    openapi,
     server_routes,
 )
 from manylora.runtime.http.access import LEVELS, require_key
@@ -37,6 +38,7 @@ ROUTES = (
     *adapter_admin_routes.ROUTES,
     *server_routes.ROUTES,
     *metrics_routes.ROUTES,
+    *openapi.ROUTES,
 )
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
 KEEPALIVE_TIMEOUT_S = 75.0
@@ -51,6 +53,7 @@ def make_app(state: HttpState) -> web.Application:
     app[STATE] = state
     app[RESPONSES] = {}
     metrics_routes.install(app)
+    openapi.install(app, ROUTES, state.keys)
     app[LEVELS] = {
         app.router.add_route(route.method, route.path, route.handler): route.access for route in ROUTES
     }
