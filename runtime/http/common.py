@@ -65,9 +65,12 @@ STATE = web.AppKey("state", HttpState)
 
 
 async def read_body(request: web.Request, kind: type[T]) -> T:
-    """The request's JSON body as `kind`. Raises BadRequestError, HTTPRequestEntityTooLarge or BodyTimeoutError."""
+    """The request's JSON body as `kind`. Raises BadRequestError, BodyTimeoutError, or for one that is too large
+    BodyTooLargeError if it says so before, HTTPRequestEntityTooLarge if it does not."""
     if "Content-Encoding" in request.headers:
         raise BadRequestError("a compressed body is not supported.", param="Content-Encoding")
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise BodyTooLargeError(f"A body has at most {MAX_BODY_BYTES} bytes.")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             body = await request.read()

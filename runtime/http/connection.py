@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp import HttpVersion11, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError, InvalidURLError
 
-from manylora.runtime.errors import ErrorInfo, MalformedHttpError, ManyloraError
+from manylora.runtime.errors import ErrorInfo, ExpectationFailedError, MalformedHttpError, ManyloraError
 from manylora.runtime.http.common import error_response
 
-_MAX_MESSAGE_LENGTH = 200
+
+async def heed_expectation(request: web.Request) -> web.Response | None:
+    """Tell the client to go on with its body, or refuse: aiohttp asks before any middleware, so not by raising."""
+    expected = request.headers.get(hdrs.EXPECT, "")
+    if request.version != HttpVersion11:  # HTTP/1.0 has no such header
+        return None
+    if expected.lower() != "100-continue":
+        return error_response(ExpectationFailedError(f"Unknown Expect: {expected}", param="Expect").info())
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # nothing of the answer was sent yet
+    return None
 
 
 class Connection(web.RequestHandler):
@@ -26,7 +36,7 @@ class Connection(web.RequestHandler):
         """The answer to what the parser refuses, or to a bug in front of our own handling of errors."""
         plain = super().handle_error(request, status, exc, message)  # it logs
         if isinstance(exc, HttpProcessingError):
-            info = MalformedHttpError(_first_line(exc)).info()
+            info = MalformedHttpError(_reason(exc)).info()
         else:
             info = ErrorInfo(ManyloraError.code, HTTPStatus(plain.status).phrase, plain.status)
         response = error_response(info)
@@ -34,7 +44,9 @@ class Connection(web.RequestHandler):
         return response
 
 
-def _first_line(error: HttpProcessingError) -> str:
-    """What is wrong; the lines after it quote what was sent, pointing at the place."""
-    line = error.message.partition("\n")[0].strip().rstrip(":") or type(error).__name__
-    return f"{line[:_MAX_MESSAGE_LENGTH]}."
+def _reason(error: HttpProcessingError) -> str:
+    """What is wrong, without what was sent: aiohttp quotes that after a colon, or as all there is."""
+    if isinstance(error, InvalidURLError):
+        return "The request's target is no URL."
+    reason = error.message.partition(":")[0].strip(" .\n")
+    return f"{reason or type(error).__name__}."

@@ -154,11 +154,21 @@ class _Operation:
                 f"Done. With `stream: true` server-sent events: the data of each is a `{event}`, of the last an `ErrorBody` if "
                 "it failed on the way, and then `[DONE]`."
             )
-            answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            answer["content"]["text/event-stream"] = {"schema": self._event()}
         answers = {"200": answer}
         if route.creates:
             answers["201"] = answer | {"description": "Done; there was none of that name."}
         return answers
+
+    def _event(self) -> dict[str, Any]:
+        """One event, as tools read the schema of a stream; [DONE] is no JSON and so not in `contentSchema`."""
+        events = [self._schema_of[self._route.event], self._schema_of[ErrorBody]]
+        data = {
+            "type": "string",
+            "contentMediaType": _JSON,
+            "contentSchema": {"anyOf": events},
+        }
+        return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
     def _refusals(self, asked: Sequence[Access]) -> dict[str, Any]:
         route = self._route

@@ -22,7 +22,7 @@ from manylora.runtime.http import (
 )
 from manylora.runtime.http.access import LEVELS, require_key
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors, check_ready
-from manylora.runtime.http.connection import Connection
+from manylora.runtime.http.connection import Connection, heed_expectation
 from manylora.runtime.http.observe import RESPONSES, AccessLogger, observe
 from manylora.runtime.http.openai import chat_routes, completion_routes, model_routes
 
@@ -55,7 +55,10 @@ def make_app(state: HttpState) -> web.Application:
     metrics_routes.install(app)
     openapi.install(app, ROUTES, state.keys)
     app[LEVELS] = {
-        app.router.add_route(route.method, route.path, route.handler): route.access for route in ROUTES
+        app.router.add_route(
+            route.method, route.path, route.handler, expect_handler=heed_expectation
+        ): route.access
+        for route in ROUTES
     }
     return app
 
