@@ -12,7 +12,14 @@ from manylora.runtime.http.server import ROUTES
 from manylora.runtime.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/metrics.md", "demo/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/metrics.md",
+    "docs/errors.md",
+    "demo/README.md",
+)
 _SOURCE_PATH = re.compile(
     r"`((?:runtime|tokenizer_manager|scheduler|tp_worker|lora|kernels|tests|scripts|docs)/[^`\s]*)`"
 )

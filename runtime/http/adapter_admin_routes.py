@@ -32,7 +32,7 @@ from manylora.runtime.messages import AdapterReply
 _PATH = "/v1/adapters"
 _NAMED = _PATH + r"/{name:[\s\S]+}"  # with slashes, and with what is to be refused as a name
 # Where a name in the path makes another status right than a name in the body of the seeds' routes.
-_STATUSES = {
+STATUSES = {
     AdapterNotFoundError.code: 404,
     AdapterExistsError.code: 409,
     AdapterBusyError.code: 409,
@@ -119,7 +119,7 @@ def _response(reply: AdapterReply, status: int = 200) -> web.Response:
 
 def _error_response(error: ErrorInfo) -> web.Response:
     """With the status and the field names of these routes."""
-    status = _STATUSES.get(error.code, error.status)
+    status = STATUSES.get(error.code, error.status)
     param = _FIELDS.get(error.param or "", error.param)
     return error_response(msgspec.structs.replace(error, status=status, param=param))
 

@@ -161,13 +161,10 @@ class _Operation:
         return answers
 
     def _event(self) -> dict[str, Any]:
-        """One event, as tools read the schema of a stream; [DONE] is no JSON and so not in `contentSchema`."""
+        """One event, as tools read the schema of a stream."""
         events = [self._schema_of[self._route.event], self._schema_of[ErrorBody]]
-        data = {
-            "type": "string",
-            "contentMediaType": _JSON,
-            "contentSchema": {"anyOf": events},
-        }
+        told = {"contentMediaType": _JSON, "contentSchema": {"anyOf": events}}
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}
         return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
     def _refusals(self, asked: Sequence[Access]) -> dict[str, Any]:
