@@ -31,9 +31,8 @@ API_KEY, ADMIN_KEY = "a" * 32, "b" * 32
 DOCUMENT: dict[str, Any] = msgspec.json.decode(
     encode(make_document(ROUTES, Keys(api=(b"one",), admin=(b"another",))))
 )
-OPERATIONS: dict[str, Any] = {
-    found.ok().label: found.ok() for found in schemathesis.openapi.from_dict(DOCUMENT).get_all_operations()
-}
+SCHEMA: Any = schemathesis.openapi.from_dict(DOCUMENT)
+OPERATIONS: dict[str, Any] = {found.ok().label: found.ok() for found in SCHEMA.get_all_operations()}
 # What a schema cannot say is refused too; and keys are another test's.
 NOT_HERE = [positive_data_acceptance, ignored_auth]
 MODEL, ADAPTER = "base", "loaded"
@@ -133,7 +132,7 @@ def fuzz(server: Server, adapter: Path, label: str, mode: GenerationMode, cases:
             database=None,
             derandomize=True,
             phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=tuple(HealthCheck.__members__.values()),
         )
         @given(OPERATIONS[label].as_strategy(generation_mode=mode))
         def send(case: Any) -> None:

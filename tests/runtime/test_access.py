@@ -47,6 +47,7 @@ GET /get_server_info admin
 GET /flush_cache admin
 POST /flush_cache admin
 GET /metrics user
+GET /openapi.json public
 """
 
 # Rows: which keys the server was given. Columns: no key, an unknown one, an API key, an admin key.
