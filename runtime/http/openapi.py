@@ -21,7 +21,7 @@ from manylora.runtime.keys import Keys
 _JSON = "application/json"
 _REF = "#/components/schemas/{name}"
 _WITH_BODY = (400, 408, 413)
-_ALWAYS = (500, 503)
+_ALWAYS = (400, 417, 500, 503)  # the first two are about the head of a request, whatever its route
 _DESCRIPTION = (
     "One language model and any number of LoRA adapters over it. Every refusal has a `code` that stays as it is; what is not "
     "HTTP, or no route, is refused in the shape of `ErrorBody` too."
