@@ -8,18 +8,29 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 
+from manylora.runtime.bounds import (
+    MAX_INPUTS,
+    AdapterName,
+    RequestId,
+    Text,
+    TokenId,
+    TokenIds,
+    TopLogprobs,
+    published,
+)
 from manylora.runtime.errors import BadRequestError
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.tokenizer_manager.generate_call import GenerateCall, Prompt
 
-MAX_INPUTS = 1024  # texts or id lists in one call
 MAX_SEQUENCES = 4096  # inputs times their n
 
 T = TypeVar("T")
+_INPUTS = published(minItems=1, maxItems=MAX_INPUTS)
+_Start = Annotated[int, published(minimum=-1)]
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`\Z")
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
 
@@ -30,15 +41,15 @@ class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     `lora_path` is the *name* of a loaded adapter; null is the base model.
     """
 
-    text: str | list[str] | None = None
-    input_ids: list[int | list[int]] | None = None
+    text: Text | Annotated[list[Text], _INPUTS] | None = None
+    input_ids: Annotated[list[TokenId | TokenIds], published(minItems=1)] | None = None
     sampling_params: SamplingParams | list[SamplingParams] | None = None
     lora_path: str | list[str | None] | None = None
     stream: bool = False
-    rid: str | list[str] | None = None
+    rid: RequestId | list[RequestId] | None = None
     return_logprob: bool | list[bool] | None = None
-    top_logprobs_num: int | list[int] | None = None
-    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: TopLogprobs | list[TopLogprobs] | None = None
+    logprob_start_len: _Start | list[_Start] | None = None
     return_text_in_logprobs: bool = False
     # The seeds' other fields, at the value that asks for nothing; no other is implemented.
     input_embeds: None = None
@@ -105,8 +116,8 @@ class GenerateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class LoadAdapterBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`/load_lora_adapter`. `lora_path` is a directory or a hub id."""
 
-    lora_name: str
-    lora_path: str
+    lora_name: AdapterName
+    lora_path: Text
     pinned: bool = False
     replace: bool = False
 
@@ -117,12 +128,15 @@ class UnloadAdapterBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     lora_name: str
 
 
-class AdapterResult(msgspec.Struct, frozen=True):
-    """What both answer. `loaded_adapters`: name -> path in load order; null if the request was not understood."""
+class AdapterResult(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What both answer. `loaded_adapters`: name -> path in load order; null if the request was not understood. `code`: of
+    the error, where there is one.
+    """
 
     success: bool
     error_message: str
     loaded_adapters: dict[str, str] | None
+    code: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class AbortBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

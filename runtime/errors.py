@@ -80,6 +80,48 @@ class BadRequestError(ManyloraError, ValueError):
     status = 400
 
 
+class MalformedHttpError(ManyloraError):
+    """What arrived is not HTTP, or a line of its head is too long. The connection is closed."""
+
+    code = "malformed_http"
+    status = 400
+
+
+class RouteNotFoundError(ManyloraError):
+    """There is no such path."""
+
+    code = "not_found"
+    status = 404
+
+
+class MethodNotAllowedError(ManyloraError):
+    """The path has no such method; the header `Allow` names those it has. HEAD and OPTIONS are none of them."""
+
+    code = "method_not_allowed"
+    status = 405
+
+
+class BodyTimeoutError(ManyloraError):
+    """The body did not arrive in time."""
+
+    code = "request_timeout"
+    status = 408
+
+
+class BodyTooLargeError(ManyloraError):
+    """The body exceeds 32 MiB."""
+
+    code = "request_entity_too_large"
+    status = 413
+
+
+class ExpectationFailedError(ManyloraError):
+    """The header `Expect` asks for something else than `100-continue`."""
+
+    code = "expectation_failed"
+    status = 417
+
+
 class UnauthorizedError(ManyloraError):
     """The server was given keys, and the request has none or one that is not known."""
 

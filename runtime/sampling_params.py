@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import msgspec
 
+from manylora.runtime.bounds import (
+    MAX_GRAMMAR_BYTES,
+    MAX_LOGIT_BIAS,
+    MAX_LOGIT_BIASES,
+    MAX_N,
+    MAX_PENALTY,
+    MAX_STOP_STRINGS,
+    MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
+    NUM_INTS,
+    NUM_SEEDS,
+    GrammarText,
+    LogitBiases,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    Samples,
+    Seed,
+    StopString,
+    StopStrings,
+    StopTokenIds,
+    Temperature,
+    TokenCount,
+    TopK,
+    TopP,
+)
 from manylora.runtime.errors import BadRequestError, GrammarTooComplexError
 
 GREEDY_TEMPERATURE = 1e-6  # below this a request is greedy, as in the seeds
 DEFAULT_MAX_NEW_TOKENS = 128
-MAX_STOP_STRINGS = 32
-MAX_STOP_TOKEN_IDS = 64  # eos ids of the model included
-MAX_N = 128
-MAX_LOGIT_BIASES = 300
-MAX_LOGIT_BIAS = 100.0
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf")
-MAX_GRAMMAR_BYTES = 1 << 17  # of one of them, as UTF-8
-MAX_TEMPERATURE = 1e30  # workers hold these as float32, where neither this
-MIN_REPETITION_PENALTY = 1e-30  # nor a logit divided by that overflows
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -26,29 +44,29 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     `seed` None means "not given": the scheduler draws one. Unknown fields are refused, not ignored.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    min_p: MinP = 0.0
+    max_new_tokens: TokenCount | None = None
+    min_new_tokens: TokenCount = 0
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    n: int = 1
-    seed: int | None = None
-    sampling_seed: int | None = None  # the seeds' newer name for `seed`
-    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    n: Samples = 1
+    seed: Seed | None = None
+    sampling_seed: Seed | None = None  # the seeds' newer name for `seed`
+    logit_bias: LogitBiases | None = None  # token id -> added to its logit
     # At most one of them: what the text must match. A JSON schema is given as JSON text.
-    json_schema: str | None = None
-    regex: str | None = None
-    ebnf: str | None = None
+    json_schema: GrammarText | None = None
+    regex: GrammarText | None = None
+    ebnf: GrammarText | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -83,15 +101,15 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             _refuse("top_p", f"top_p must be in (0, 1], got {self.top_p}.")
         if not 0 <= self.min_p <= 1:
             _refuse("min_p", f"min_p must be in [0, 1], got {self.min_p}.")
-        if self.top_k == 0 or not -1 <= self.top_k < 2**31:
+        if self.top_k == 0 or not -1 <= self.top_k < NUM_INTS:
             _refuse("top_k", f"top_k must be -1 (disable) or in [1, 2^31), got {self.top_k}.")
-        if not -2 <= self.frequency_penalty <= 2:
+        if not -MAX_PENALTY <= self.frequency_penalty <= MAX_PENALTY:
             _refuse(
                 "frequency_penalty", f"frequency_penalty must be in [-2, 2], got {self.frequency_penalty}."
             )
-        if not -2 <= self.presence_penalty <= 2:
+        if not -MAX_PENALTY <= self.presence_penalty <= MAX_PENALTY:
             _refuse("presence_penalty", f"presence_penalty must be in [-2, 2], got {self.presence_penalty}.")
-        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= 2:
+        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
             _refuse(
                 "repetition_penalty",
                 f"repetition_penalty must be in [{MIN_REPETITION_PENALTY:g}, 2], got {self.repetition_penalty}.",
@@ -102,7 +120,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     def _validate_counts(self, vocab_size: int) -> None:
         limit = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-        if not 0 <= limit < 2**31:
+        if not 0 <= limit < NUM_INTS:
             _refuse("max_new_tokens", f"max_new_tokens must be in [0, 2^31), got {limit}.")
         if not 0 <= self.min_new_tokens <= limit:
             _refuse(
@@ -119,7 +137,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
                     "stop_token_ids", f"stop_token_ids holds {token}, the vocabulary has {vocab_size} tokens."
                 )
         for name, seed in (("seed", self.seed), ("sampling_seed", self.sampling_seed)):
-            if seed is not None and not 0 <= seed < 2**63:
+            if seed is not None and not 0 <= seed < NUM_SEEDS:
                 _refuse(name, f"{name} must be in [0, 2^63), got {seed}.")
 
     def _validate_biases(self, vocab_size: int) -> None:

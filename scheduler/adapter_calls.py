@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from manylora.runtime.bounds import MAX_NAME_LENGTH
 from manylora.runtime.errors import (
     AdapterBusyError,
     AdapterExistsError,
@@ -15,8 +16,6 @@ from manylora.runtime.errors import (
 )
 from manylora.runtime.messages import NO_VERSION, LoadAdapter, UnloadAdapter, UpdateAdapter
 from manylora.scheduler.version import Version
-
-MAX_NAME_LENGTH = 512
 
 
 def check_requested(names: set[str], loaded: Mapping[str, Version], *, enabled: bool) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+from manylora.runtime.bounds import MAX_STOP_TOKEN_IDS
 from manylora.runtime.errors import BadRequestError, ContextLengthError, QueueFullError
 from manylora.runtime.messages import NO_VERSION, GenerateReq
-from manylora.runtime.sampling_params import MAX_STOP_TOKEN_IDS
 from manylora.scheduler.adapter_admin import AdapterAdmin
 from manylora.scheduler.adapter_limits import FitChecker
 from manylora.scheduler.adapter_table import AdapterTable

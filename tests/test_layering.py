@@ -9,6 +9,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "contracts": (
         "runtime.errors",
         "runtime.config",
+        "runtime.bounds",
         "runtime.adapter_access",
         "runtime.model_config",
         "runtime.sampling_params",

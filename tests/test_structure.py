@@ -39,7 +39,7 @@ POST /generate, PUT /generate, POST /abort_request, GET /health_generate, POST /
 POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model}, POST /load_lora_adapter,
 POST /unload_lora_adapter, GET /v1/adapters, GET /v1/adapters/{name}, PUT /v1/adapters/{name},
 PATCH /v1/adapters/{name}, DELETE /v1/adapters/{name}, GET /health, GET /get_model_info, GET /get_server_info,
-GET /flush_cache, POST /flush_cache, GET /metrics, GET /, GET /dashboard/{file}
+GET /flush_cache, POST /flush_cache, GET /metrics, GET /openapi.json, GET /, GET /dashboard/{file}
 """
 
 # Forks once per module from a process that has loaded the heavy packages already, so that each import is a first one

@@ -9,13 +9,10 @@ from collections.abc import Sequence
 
 import msgspec
 
+from manylora.runtime.bounds import MAX_RID_LENGTH, MAX_STOP_LENGTH, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS
 from manylora.runtime.errors import BadRequestError, ContextLengthError
 from manylora.runtime.messages import ServerInfo
-from manylora.runtime.sampling_params import DEFAULT_MAX_NEW_TOKENS, MAX_STOP_TOKEN_IDS, SamplingParams
-
-MAX_TOP_LOGPROBS = 128
-MAX_RID_LENGTH = 512  # every event of a stream repeats it
-MAX_STOP_LENGTH = 1024  # characters of one stop string
+from manylora.runtime.sampling_params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 
 
 class Prompt(msgspec.Struct, frozen=True):

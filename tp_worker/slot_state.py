@@ -10,6 +10,7 @@ import torch
 
 from manylora.kernels.greedy import draw_greedy
 from manylora.kernels.greedy_work import GreedyWork
+from manylora.runtime.bounds import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from manylora.runtime.plan import (
     SLOT_FREQUENCY,
     SLOT_ID,
@@ -27,7 +28,6 @@ from manylora.runtime.plan import (
     SLOT_TOP_K,
     SLOT_TOP_P,
 )
-from manylora.runtime.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 
 _ENTRY_WIDTH = 16
 

@@ -44,6 +44,15 @@ def refusal(
     return UnauthorizedError("The key is not known.")
 
 
+def keys_asked(level: Access, keys: Keys) -> tuple[Access, ...]:
+    """Whose keys open routes of `level`: USER an API key, ADMIN an admin key. None: they are open."""
+    asks_admin = level is Access.ADMIN and bool(keys.admin)
+    if level is Access.PUBLIC or not (keys.api or asks_admin):
+        return ()
+    openers = ((Access.USER, keys.api and not asks_admin), (Access.ADMIN, keys.admin))
+    return tuple(whose for whose, opens in openers if opens)
+
+
 @web.middleware
 async def require_key(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse before anything of the request is looked at. What is no route asks for what a user's route asks for, so

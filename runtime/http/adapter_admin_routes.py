@@ -32,7 +32,7 @@ from manylora.runtime.messages import AdapterReply
 _PATH = "/v1/adapters"
 _NAMED = _PATH + r"/{name:[\s\S]+}"  # with slashes, and with what is to be refused as a name
 # Where a name in the path makes another status right than a name in the body of the seeds' routes.
-_STATUSES = {
+STATUSES = {
     AdapterNotFoundError.code: 404,
     AdapterExistsError.code: 409,
     AdapterBusyError.code: 409,
@@ -119,14 +119,14 @@ def _response(reply: AdapterReply, status: int = 200) -> web.Response:
 
 def _error_response(error: ErrorInfo) -> web.Response:
     """With the status and the field names of these routes."""
-    status = _STATUSES.get(error.code, error.status)
+    status = STATUSES.get(error.code, error.status)
     param = _FIELDS.get(error.param or "", error.param)
     return error_response(msgspec.structs.replace(error, status=status, param=param))
 
 
 ROUTES = (
     Route("GET", _PATH, list_adapters, Access.ADMIN, "Every loaded adapter.", answer=AdapterList),
-    Route("GET", _NAMED, get_adapter, Access.ADMIN, "One adapter.", answer=AdapterCard),
+    Route("GET", _NAMED, get_adapter, Access.ADMIN, "One adapter.", answer=AdapterCard, errors=(400, 404)),
     Route(
         "PUT",
         _NAMED,
@@ -135,6 +135,8 @@ ROUTES = (
         "Load or replace an adapter.",
         body=PutAdapterBody,
         answer=AdapterCard,
+        creates=True,
+        errors=(403, 409, 422),
     ),
     Route(
         "PATCH",
@@ -144,6 +146,7 @@ ROUTES = (
         "Change an adapter's settings.",
         body=PatchAdapterBody,
         answer=AdapterCard,
+        errors=(404, 409),
     ),
     Route(
         "DELETE",
@@ -152,6 +155,8 @@ ROUTES = (
         Access.ADMIN,
         "Unload an adapter.",
         body=DeleteAdapterBody,
+        query=DeleteAdapterBody,
         answer=AdapterCard,
+        errors=(404, 409),
     ),
 )

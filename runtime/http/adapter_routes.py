@@ -33,13 +33,14 @@ async def unload_lora_adapter(request: web.Request) -> web.Response:
 
 
 def _not_understood(error: BadRequestError) -> web.Response:
-    return json_response(AdapterResult(False, error.message, None), error.status)
+    return json_response(AdapterResult(False, error.message, None, error.code), error.status)
 
 
 def _adapter_response(reply: AdapterReply) -> web.Response:
     if reply.error is None:
         return json_response(AdapterResult(True, "", reply.loaded))
-    return json_response(AdapterResult(False, reply.error.message, reply.loaded), reply.error.status)
+    error = reply.error
+    return json_response(AdapterResult(False, error.message, reply.loaded, error.code), error.status)
 
 
 ROUTES = (
@@ -51,6 +52,8 @@ ROUTES = (
         "Load an adapter.",
         body=LoadAdapterBody,
         answer=AdapterResult,
+        errors=(403,),
+        refusal=AdapterResult,
     ),
     Route(
         "POST",
@@ -60,5 +63,6 @@ ROUTES = (
         "Unload an adapter.",
         body=UnloadAdapterBody,
         answer=AdapterResult,
+        refusal=AdapterResult,
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,7 +15,18 @@ from aiohttp.typedefs import Handler
 
 from manylora.runtime.api_types import decode_body
 from manylora.runtime.config import ServerConfig
-from manylora.runtime.errors import BadRequestError, ErrorInfo, ManyloraError, NotReadyError
+from manylora.runtime.errors import (
+    BadRequestError,
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ErrorInfo,
+    ExpectationFailedError,
+    ManyloraError,
+    MethodNotAllowedError,
+    NotReadyError,
+    RouteNotFoundError,
+)
+from manylora.runtime.http.answer_types import ErrorBody
 from manylora.runtime.keys import Keys
 from manylora.tokenizer_manager.chat_template import ChatTemplate
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
@@ -25,6 +37,10 @@ MAX_BODY_BYTES = 32 * 1024 * 1024
 BODY_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
+_ERRORS_OF_AIOHTTP = {
+    kind.status: kind
+    for kind in (RouteNotFoundError, MethodNotAllowedError, BodyTooLargeError, ExpectationFailedError)
+}
 _encoder = msgspec.json.Encoder()
 
 
@@ -49,14 +65,17 @@ STATE = web.AppKey("state", HttpState)
 
 
 async def read_body(request: web.Request, kind: type[T]) -> T:
-    """The request's JSON body as `kind`. Raises BadRequestError, HTTPRequestEntityTooLarge or HTTPRequestTimeout."""
+    """The request's JSON body as `kind`. Raises BadRequestError, BodyTimeoutError, or for one that is too large
+    BodyTooLargeError if it says so before, HTTPRequestEntityTooLarge if it does not."""
     if "Content-Encoding" in request.headers:
         raise BadRequestError("a compressed body is not supported.", param="Content-Encoding")
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise BodyTooLargeError(f"A body has at most {MAX_BODY_BYTES} bytes.")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             body = await request.read()
     except TimeoutError as error:
-        raise web.HTTPRequestTimeout(text=f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
+        raise BodyTimeoutError(f"The body did not arrive within {BODY_TIMEOUT_S:.0f} s.") from error
     return decode_body(body, kind)
 
 
@@ -69,14 +88,6 @@ def json_response(value: Any, status: int = 200) -> web.Response:
     return web.Response(body=encode(value), status=status, content_type="application/json")
 
 
-def error_body(error: ErrorInfo) -> dict[str, Any]:
-    """The one shape of every error, in a response or in a stream."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {
-        "error": {"message": error.message, "type": kind, "code": error.code, "param": error.param},
-    }
-
-
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Whatever a route raises becomes an error body; what nobody foresaw is logged and says nothing of the inside."""
@@ -85,10 +96,11 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except ManyloraError as error:
         return error_response(error.info())
     except web.HTTPException as error:
-        code = error.reason.lower().replace(" ", "_")
+        kind = _ERRORS_OF_AIOHTTP.get(error.status, BadRequestError)
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         message = f"{request.method} {request.path}: {error.text or error.reason}"
-        return error_response(ErrorInfo(code, message, error.status), headers)
+        info = msgspec.structs.replace(kind(message).info(), status=error.status)
+        return error_response(info, headers)
     except ConnectionError:
         raise  # the client left
     except Exception:
@@ -96,8 +108,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return error_response(ErrorInfo(ManyloraError.code, "Internal error; see the server's log.", 500))
 
 
-def error_response(error: ErrorInfo, headers: dict[str, str] | None = None) -> web.Response:
-    response = json_response(error_body(error), error.status)
+def error_response(error: ErrorInfo, headers: Mapping[str, str] | None = None) -> web.Response:
+    response = json_response(ErrorBody.of(error), error.status)
     response.headers.update(headers or {})
     if error.status == 503:
         response.headers["Retry-After"] = "1"

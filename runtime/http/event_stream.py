@@ -10,7 +10,8 @@ from typing import Any
 from aiohttp import web
 
 from manylora.runtime.errors import ManyloraError
-from manylora.runtime.http.common import encode, error_body
+from manylora.runtime.http.answer_types import ErrorBody
+from manylora.runtime.http.common import encode
 
 WRITE_TIMEOUT_S = 30.0  # a client that reads nothing for so long is gone
 _DONE = b"data: [DONE]\n\n"
@@ -33,7 +34,7 @@ async def stream_events(
                 batch = await anext(batches, None)
             await _write(response, _DONE)
         except ManyloraError as error:
-            await _write(response, b"data: %s\n\n" % encode(error_body(error.info())) + _DONE)
+            await _write(response, b"data: %s\n\n" % encode(ErrorBody.of(error.info())) + _DONE)
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()

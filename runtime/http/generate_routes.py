@@ -12,6 +12,7 @@ from manylora.runtime.http.common import STATE, json_response, read_body
 from manylora.runtime.http.event_stream import stream_events
 from manylora.runtime.http.route import Access, Route
 from manylora.runtime.sampling_params import SamplingParams
+from manylora.tokenizer_manager.answer import Answer
 from manylora.tokenizer_manager.tokenizer_manager import TokenizerManager
 
 HEALTH_TIMEOUT_S = 20.0
@@ -65,8 +66,20 @@ async def abort_request(request: web.Request) -> web.Response:
 
 
 ROUTES = (
-    Route("POST", "/generate", generate, Access.USER, "Generate text.", body=GenerateBody, streams=True),
-    Route("PUT", "/generate", generate, Access.USER, "Generate text.", body=GenerateBody, streams=True),
+    *(
+        Route(
+            method,
+            "/generate",
+            generate,
+            Access.USER,
+            "Generate text.",
+            body=GenerateBody,
+            answer=Answer | list[Answer],
+            event=Answer,
+            errors=(410,),
+        )
+        for method in ("POST", "PUT")
+    ),
     Route("POST", "/abort_request", abort_request, Access.USER, "End requests.", body=AbortBody),
     Route("GET", "/health_generate", health_generate, Access.USER, "Whether a token comes back in time."),
 )

@@ -105,4 +105,13 @@ def install(app: web.Application) -> None:
     app[PAGE] = MetricsPage(app[STATE], app[RESPONSES])
 
 
-ROUTES = (Route("GET", "/metrics", metrics, Access.USER, "Everything that is measured, for Prometheus."),)
+ROUTES = (
+    Route(
+        "GET",
+        "/metrics",
+        metrics,
+        Access.USER,
+        "Everything that is measured, for Prometheus.",
+        text="text/plain",
+    ),
+)

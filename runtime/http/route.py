@@ -9,6 +9,8 @@ from typing import Any
 
 from aiohttp.typedefs import Handler
 
+from manylora.runtime.http.answer_types import ErrorBody
+
 
 class Access(Enum):
     """Whose key a route asks for, where the server was given keys."""
@@ -22,9 +24,12 @@ class Access(Enum):
 class Route:
     """One method of one path, which is aiohttp's: `{name:pattern}` says what a part may be.
 
-    body: the type of its JSON body, None if it takes none; answer: that of its JSON answer, None where it is something else.
-    streams: with `stream: true` the answer comes as server-sent events. summary: one line for the published document.
-    page: for people; left out of that document.
+    body: the type of its JSON body, None if it takes none; query: that of its query parameters, all of them optional.
+    answer: the type of its JSON answer; None: it answers a text of the content type `text`, or nothing if that is None too.
+    event: the type of the server-sent events that answer `stream: true`, None if it does not stream.
+    creates: 201 says that there was none before. errors: the statuses it refuses with, but for those that every route has
+    or that follow from `access` and `body`; refusal: the type they are told in.
+    summary: one line for the published document. page: for people; left out of that document.
     """
 
     method: str
@@ -33,8 +38,13 @@ class Route:
     access: Access
     summary: str
     body: Any = None
+    query: Any = None
     answer: Any = None
-    streams: bool = False
+    text: str | None = None
+    event: Any = None
+    creates: bool = False
+    errors: tuple[int, ...] = ()
+    refusal: Any = ErrorBody
     page: bool = False
 
     @property

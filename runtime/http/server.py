@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -16,10 +18,12 @@ from manylora.runtime.http import (
     dashboard_routes,
     generate_routes,
     metrics_routes,
+    openapi,
     server_routes,
 )
 from manylora.runtime.http.access import LEVELS, require_key
 from manylora.runtime.http.common import MAX_BODY_BYTES, STATE, HttpState, answer_errors, check_ready
+from manylora.runtime.http.connection import Connection, heed_expectation
 from manylora.runtime.http.observe import RESPONSES, AccessLogger, observe
 from manylora.runtime.http.openai import chat_routes, completion_routes, model_routes
 
@@ -35,6 +39,7 @@ ROUTES = (
     *adapter_admin_routes.ROUTES,
     *server_routes.ROUTES,
     *metrics_routes.ROUTES,
+    *openapi.ROUTES,
     *dashboard_routes.ROUTES,
 )
 BACKLOG = 1024  # asyncio listens again, with 128 if it is not told
@@ -50,8 +55,12 @@ def make_app(state: HttpState) -> web.Application:
     app[STATE] = state
     app[RESPONSES] = {}
     metrics_routes.install(app)
+    openapi.install(app, ROUTES, state.keys)
     app[LEVELS] = {
-        app.router.add_route(route.method, route.path, route.handler): route.access for route in ROUTES
+        app.router.add_route(
+            route.method, route.path, route.handler, expect_handler=heed_expectation
+        ): route.access
+        for route in ROUTES
     }
     return app
 
@@ -75,18 +84,28 @@ async def serving(state: HttpState, listener: socket.socket) -> AsyncGenerator[N
     """Serve on a bound socket inside the block. At its end answers on their way get a short while, then connections close."""
     runner = web.AppRunner(
         make_app(state),
+        handle_signals=False,
+        handler_cancellation=True,  # a client that leaves cancels its route, which aborts its requests
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+    )
+    await runner.setup()
+    assert runner.server is not None
+    loop = asyncio.get_running_loop()
+    connection = partial(
+        Connection,
+        runner.server,
+        loop=loop,
         logger=protocol_logger,
         access_log=logger,
         access_log_class=AccessLogger,
         auto_decompress=False,
-        handle_signals=False,
-        handler_cancellation=True,  # a client that leaves cancels its route, which aborts its requests
         keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
     )
-    await runner.setup()
     try:
-        await web.SockSite(runner, listener, backlog=BACKLOG).start()
-        yield
+        server = await loop.create_server(connection, sock=listener, backlog=BACKLOG)
+        try:
+            yield
+        finally:
+            server.close()
     finally:
         await runner.cleanup()

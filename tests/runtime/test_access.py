@@ -47,6 +47,7 @@ GET /get_server_info admin
 GET /flush_cache admin
 POST /flush_cache admin
 GET /metrics user
+GET /openapi.json public
 GET / public
 GET /dashboard/{file} public
 """

@@ -49,6 +49,7 @@ async def test_load_and_unload_answer_as_in_the_seeds(tokenizer_dir: Path) -> No
                 "success": False,
                 "error_message": "lora0 is already loaded",
                 "loaded_adapters": {"lora0": "a", "lora1": "b"},
+                "code": "adapter_exists",
             },
         )
         status, answer = await front.post(load, {"lora_name": "lora0", "lora_path": "c", "replace": True})
@@ -86,7 +87,8 @@ async def test_adapter_body_that_is_not_understood(
     async with served(tokenizer_dir) as front:
         status, answer = await front.post(path, body)
         assert status == 400
-        assert set(answer) == {"success", "error_message", "loaded_adapters"}
+        assert set(answer) == {"success", "error_message", "loaded_adapters", "code"}
+        assert answer["code"] == "invalid_request"
         assert (answer["success"], answer["loaded_adapters"]) == (False, None)
         assert message in answer["error_message"]
         assert not front.scheduler.received

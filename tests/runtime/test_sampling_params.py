@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from manylora.runtime.errors import BadRequestError, GrammarTooComplexError
-from manylora.runtime.sampling_params import GRAMMAR_FIELDS, MAX_GRAMMAR_BYTES, SamplingParams
+from manylora.runtime.bounds import MAX_GRAMMAR_BYTES
+from manylora.runtime.sampling_params import GRAMMAR_FIELDS, SamplingParams
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from manylora.runtime.bounds import MAX_STOP_TOKEN_IDS
 from manylora.runtime.plan import float_bits, slot_entry
-from manylora.runtime.sampling_params import MAX_STOP_TOKEN_IDS, SamplingParams
+from manylora.runtime.sampling_params import SamplingParams
 from manylora.tp_worker.slot_state import SlotState
 
 VOCAB = 12

@@ -152,6 +152,7 @@ ROUTES = (
         "Answer a chat, as OpenAI's API.",
         body=ChatBody,
         answer=ChatCompletion,
-        streams=True,
+        event=ChatChunk,
+        errors=(404, 410, 499),
     ),
 )

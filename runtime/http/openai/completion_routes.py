@@ -9,7 +9,8 @@ from typing import Any, cast
 import msgspec
 from aiohttp import web
 
-from manylora.runtime.api_types import MAX_INPUTS, MAX_SEQUENCES
+from manylora.runtime.api_types import MAX_SEQUENCES
+from manylora.runtime.bounds import MAX_INPUTS
 from manylora.runtime.errors import BadRequestError
 from manylora.runtime.http.common import STATE, HttpState, json_response, read_body
 from manylora.runtime.http.event_stream import stream_events
@@ -178,6 +179,7 @@ ROUTES = (
         "Complete prompts, as OpenAI's API.",
         body=CompletionBody,
         answer=Completion,
-        streams=True,
+        event=Completion,
+        errors=(404, 410, 499),
     ),
 )

@@ -47,5 +47,13 @@ ROUTES = (
         answer=ModelList,
     ),
     # A name may have slashes, as a hub id has.
-    Route("GET", "/v1/models/{model:.+}", get_model, Access.USER, "One of them.", answer=ModelCard),
+    Route(
+        "GET",
+        "/v1/models/{model:.+}",
+        get_model,
+        Access.USER,
+        "One of them.",
+        answer=ModelCard,
+        errors=(404,),
+    ),
 )

@@ -5,16 +5,36 @@ A field that is not implemented takes only the value that asks for nothing; null
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from manylora.runtime.bounds import (
+    MAX_MESSAGES,
+    MAX_N,
+    NUM_INTS,
+    NUM_SEEDS,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    RequestId,
+    Samples,
+    StopString,
+    StopStrings,
+    StopTokenIds,
+    Temperature,
+    Text,
+    TokenCount,
+    TokenId,
+    TokenIds,
+    TopLogprobs,
+    TopP,
+    published,
+)
 from manylora.runtime.errors import BadRequestError
-from manylora.runtime.sampling_params import MAX_N, SamplingParams
+from manylora.runtime.sampling_params import SamplingParams
 
-MAX_MESSAGES = 4096
 _ANY_OBJECT = '{"type": "object"}'
-_SEEDS = 2**63
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -67,28 +87,28 @@ class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
+    n: Samples | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    max_tokens: TokenCount | None = None
+    stop: StopString | StopStrings | None = None
+    seed: Annotated[int, published(minimum=-NUM_SEEDS, maximum=NUM_SEEDS - 1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
     logit_bias: dict[int, float] | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     # Beyond OpenAI's, named as other servers name them.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    top_k: Annotated[int, published(minimum=-1, maximum=NUM_INTS - 1)] | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    min_tokens: TokenCount | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: StopTokenIds | None = None
     skip_special_tokens: bool | None = None
     lora_path: str | None = None
-    rid: str | None = None
+    rid: RequestId | None = None
     regex: str | None = None
     ebnf: str | None = None
     json_schema: str | None = None
@@ -111,7 +131,7 @@ class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 )
         if self.n is not None and not 1 <= self.n <= MAX_N:  # before anything is made n times
             raise BadRequestError(f"n must be in [1, {MAX_N}], got {self.n}.", param="n")
-        if self.seed is not None and not -_SEEDS <= self.seed < _SEEDS:
+        if self.seed is not None and not -NUM_SEEDS <= self.seed < NUM_SEEDS:
             raise BadRequestError(f"seed must be in [-2^63, 2^63), got {self.seed}.", param="seed")
 
     def to_params(self, max_new_tokens: int | None) -> SamplingParams:
@@ -127,7 +147,7 @@ class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             "top_p": self.top_p,
             "max_new_tokens": max_new_tokens,
             "stop": self.stop,
-            "seed": None if self.seed is None else self.seed % _SEEDS,  # ours are not negative
+            "seed": None if self.seed is None else self.seed % NUM_SEEDS,  # ours are not negative
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
             "logit_bias": self.logit_bias or None,
@@ -148,9 +168,9 @@ class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
     """`/v1/completions`. `prompt`: a text, a list of texts, token ids, or a list of lists of ids."""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: Text | Annotated[list[Text | TokenId | TokenIds], published(minItems=1)]
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: TopLogprobs | None = None
     best_of: int | None = None
     suffix: Literal[""] | None = None
 
@@ -187,10 +207,10 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
     of the free pool leave.
     """
 
-    messages: list[Message]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], published(minItems=1, maxItems=MAX_MESSAGES)]
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: TopLogprobs | None = None
     # Hints for billing, caching and reports of abuse, which change no answer.
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
