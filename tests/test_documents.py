@@ -19,7 +19,7 @@ from manylora.lora.page_layout import DOWN, NUM_MODULES, O, adapter_layout, pool
 from manylora.runtime import errors
 from manylora.runtime.errors import ManyloraError
 from manylora.runtime.flags import FLAGS
-from manylora.runtime.http.adapter_admin_routes import _STATUSES  # pyright: ignore[reportPrivateUsage]
+from manylora.runtime.http.adapter_admin_routes import STATUSES  # pyright: ignore[reportPrivateUsage]
 from manylora.runtime.http.server import ROUTES
 from manylora.runtime.model_config import ModelConfig, RopeConfig
 from tests.test_docs import DOCUMENTS, ROOT
@@ -133,7 +133,7 @@ def test_codes_exist_with_their_status() -> None:
     kinds = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ManyloraError)
     ]
-    known = {(kind.code, kind.status) for kind in kinds} | set(_STATUSES.items())
+    known = {(kind.code, kind.status) for kind in kinds} | set(STATUSES.items())
     for document, text in TEXTS.items():
         found = [
             (code, int(status)) for status, code in re.findall(r"\b([45]\d\d)(?: error)? `([a-z_]+)`", text)

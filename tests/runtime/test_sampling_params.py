@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from manylora.runtime.errors import BadRequestError, GrammarTooComplexError
 from manylora.runtime.bounds import MAX_GRAMMAR_BYTES
+from manylora.runtime.errors import BadRequestError, GrammarTooComplexError
 from manylora.runtime.sampling_params import GRAMMAR_FIELDS, SamplingParams
 
 
