@@ -26,7 +26,7 @@ class ParkedCall:
     wanted: set[GrammarSource]
     grammars: Grammars
     error: ErrorInfo | None = None
-    aborted: list[int] = field(default_factory=list[int])
+    aborted: set[int] = field(default_factory=set[int])
 
     @property
     def ready(self) -> bool:
@@ -95,7 +95,10 @@ class GrammarDesk:
         return ready
 
     def abort(self, handle: int) -> None:
-        """Nobody waits for this sequence any more, if it is one of a parked call."""
+        """Nobody waits for this sequence any more, if it is one of a parked call. A call of which nobody waits for any is
+        forgotten.
+        """
         for parked in self._parked:
             if any(r.handle <= handle < r.handle + r.params.n for r in parked.call.requests):
-                parked.aborted.append(handle)
+                parked.aborted.add(handle)
+        self._parked = [parked for parked in self._parked if len(parked.aborted) < parked.num_sequences]

@@ -95,6 +95,14 @@ def test_the_cache_is_not_flushed_under_a_call_that_waits_for_its_grammar() -> N
     world.settle()
 
 
+def test_a_call_that_nobody_waits_for_is_forgotten() -> None:
+    world = World()
+    world.abort(*world.submit(PROMPT, regex="5", n=2))
+    assert world.flush().error is None
+    world.settle()
+    world.assert_nothing_left()
+
+
 def test_a_limited_row_takes_every_second_step_and_the_others_every_one() -> None:
     world = World(max_running=4)
     compiled(world, "9", "b9")

@@ -182,7 +182,7 @@ class World:
 
     def _bind_decided(self, names: dict[str, int], tiers: dict[str, str]) -> None:
         """A request is accepted, and its adapter's name looked up, once its call waits for no grammar."""
-        parked = {r.handle for call in self.scheduler._grammars._parked for r in call.call.requests}
+        parked = self._parked_handles()
         for sequence in self.sequences.values():
             request = sequence.request
             if request.handle in self.decided | parked or isinstance(sequence.finish, Rejected):
@@ -193,7 +193,13 @@ class World:
                 record = self.front.records[names[name]]
                 self.requests[record] += 1
                 self.hits[record] += tiers[name] == "resident"
-        self.decided = {s.request.handle for s in self.sequences.values()} - parked
+        self._note_decided()
+
+    def _note_decided(self) -> None:
+        self.decided = {s.request.handle for s in self.sequences.values()} - self._parked_handles()
+
+    def _parked_handles(self) -> set[int]:
+        return {r.handle for call in self.scheduler._grammars._parked for r in call.call.requests}
 
     def abort(self, *sequences: Expected) -> None:
         handles = [s.request.handle + s.sample for s in sequences]
@@ -201,6 +207,7 @@ class World:
         for sequence in sequences:
             sequence.aborted = sequence.aborted or sequence.finish is None
         self._deliver()
+        self._note_decided()  # a call that nobody waits for any more is never accepted
 
     def load(
         self,
