@@ -8,6 +8,7 @@ What a caller passes as `extra` is a field of the JSON object. Text goes on in f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -131,7 +132,8 @@ class _Relay:
         with os.fdopen(descriptor, encoding="utf-8", errors="backslashreplace", newline="\n") as lines:
             for line in lines:
                 if text := line.rstrip().rpartition("\r")[2]:  # of a progress bar the last state
-                    self.stream.write((text if _is_object(text) else self._as_event(text)) + "\n")
+                    with contextlib.suppress(OSError):  # a full disk must not end the relay
+                        self.stream.write((text if _is_object(text) else self._as_event(text)) + "\n")
 
     def _as_event(self, text: str) -> str:
         return self._formatter.format(logging.LogRecord("stderr", logging.WARNING, "", 0, text, None, None))

@@ -90,8 +90,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
 
-    def validate(self, vocab_size: int) -> None:
-        """Raise BadRequestError naming the first field that is out of range."""
+    def validate(self, vocab_size: int, default_new_tokens: int = DEFAULT_MAX_NEW_TOKENS) -> None:
+        """Raise BadRequestError naming the first field that is out of range. default_new_tokens: what max_new_tokens is
+        at most where it is not given.
+        """
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
             _refuse(
                 "temperature",
@@ -114,12 +116,12 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
                 "repetition_penalty",
                 f"repetition_penalty must be in [{MIN_REPETITION_PENALTY:g}, 2], got {self.repetition_penalty}.",
             )
-        self._validate_counts(vocab_size)
+        self._validate_counts(vocab_size, default_new_tokens)
         self._validate_biases(vocab_size)
         self._validate_grammar()
 
-    def _validate_counts(self, vocab_size: int) -> None:
-        limit = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+    def _validate_counts(self, vocab_size: int, default_new_tokens: int) -> None:
+        limit = default_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         if not 0 <= limit < NUM_INTS:
             _refuse("max_new_tokens", f"max_new_tokens must be in [0, 2^31), got {limit}.")
         if not 0 <= self.min_new_tokens <= limit:

@@ -64,7 +64,7 @@ class GenerateCall(msgspec.Struct, frozen=True):
 def check_prompt(prompt: Prompt, info: ServerInfo) -> None:
     """Everything that can be refused before tokenizing. Raises BadRequestError naming the field."""
     params = prompt.params
-    params.validate(info.model.vocab_size)
+    params.validate(info.model.vocab_size, prompt.default_new_tokens)
     if len(prompt.rid) > MAX_RID_LENGTH:
         raise BadRequestError(f"rid has at most {MAX_RID_LENGTH} characters.", param="rid")
     if params.seed is not None and params.sampling_seed not in (None, params.seed):

@@ -29,16 +29,23 @@ async def stream_events(
         batch: Sequence[Any] | None = await anext(batches)
         await response.prepare(request)
         try:
-            while batch is not None:
-                await _write(response, b"".join(b"data: %s\n\n" % encode(event) for event in batch))
-                batch = await anext(batches, None)
-            await _write(response, _DONE)
-        except ManyloraError as error:
-            await _write(response, b"data: %s\n\n" % encode(ErrorBody.of(error.info())) + _DONE)
+            await _write_all(response, batch, batches)
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()
     return response
+
+
+async def _write_all(
+    response: web.StreamResponse, batch: Sequence[Any] | None, batches: AsyncGenerator[Sequence[Any], None]
+) -> None:
+    try:
+        while batch is not None:
+            await _write(response, b"".join(b"data: %s\n\n" % encode(event) for event in batch))
+            batch = await anext(batches, None)
+        await _write(response, _DONE)
+    except ManyloraError as error:
+        await _write(response, b"data: %s\n\n" % encode(ErrorBody.of(error.info())) + _DONE)
 
 
 async def _write(response: web.StreamResponse, data: bytes) -> None:

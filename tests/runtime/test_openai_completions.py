@@ -449,3 +449,24 @@ async def test_prompts_get_their_bos(tokenizer_dir: Path) -> None:
         ids = list(unpack_i32(submit.requests[0].input_ids))
         assert ids == front.state.manager.tokenizer.encode(["Paris"])[0]
         assert ids.count(0) == 1
+
+
+@in_loop
+async def test_ids_beyond_the_context_are_refused_before_they_are_decoded(
+    tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(tokenizer_dir) as front:
+        monkeypatch.setattr(front.state.manager.tokenizer, "decode", lambda *_, **__: pytest.fail("decoded"))
+        body = {"model": "base", "prompt": [1] * 200_000, "echo": True, "n": 8}
+        status, answer = await front.post(PATH, body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@in_loop
+async def test_more_tokens_may_be_wanted_than_a_completion_has_by_itself(tokenizer_dir: Path) -> None:
+    async with served(tokenizer_dir) as front:
+        says(front, "Paris")
+        status, _ = await front.post(PATH, {"model": "base", "prompt": "x", "min_tokens": 150})
+        assert status == 200
+        [params] = submitted(front)
+        assert (params.min_new_tokens, params.max_new_tokens) == (150, 150)

@@ -70,15 +70,11 @@ def _make_call(state: HttpState, body: CompletionBody) -> OpenAICall:
         )
         for index, one in enumerate(inputs)
     ]
-    tokenizer = state.manager.tokenizer
+    tokenizer, skips = state.manager.tokenizer, params.skip_special_tokens
+    context = state.manager.info.context_length
+    echoes = [_echo(one, tokenizer, context, skips) if body.echo else "" for one in inputs]
     choices = [
-        Choice(
-            tokenizer,
-            skip_special_tokens=params.skip_special_tokens,
-            echo=_echo(one, tokenizer, params.skip_special_tokens) if body.echo else "",
-        )
-        for one in inputs
-        for _ in range(params.n)
+        Choice(tokenizer, skip_special_tokens=skips, echo=echo) for echo in echoes for _ in range(params.n)
     ]
     usage_wanted = bool(body.stream_options and body.stream_options.include_usage)
     return OpenAICall(
@@ -116,10 +112,12 @@ def _inputs(prompt: str | list[str | int | list[int]]) -> Sequence[Input]:
     return cast("list[Input]", prompt)
 
 
-def _echo(one: Input, tokenizer: Tokenizer, skip_special_tokens: bool) -> str:
-    """Ids that no tokenizer has are refused later, by name."""
+def _echo(one: Input, tokenizer: Tokenizer, context_length: int, skip_special_tokens: bool) -> str:
+    """Ids that no tokenizer has, and more of them than the context holds, are refused later, by name."""
     if isinstance(one, str):
         return one
+    if len(one) > context_length:  # not to be decoded first, which would take its time
+        return ""
     return tokenizer.decode((max(token, 0) for token in one), skip_special_tokens=skip_special_tokens)
 
 
