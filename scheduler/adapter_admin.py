@@ -102,10 +102,11 @@ class AdapterAdmin:
         # A name that is being replaced stays; the end of the load sets its time anew.
         idle = table.unloads.look(now, [v for name, v in table.names.items() if name not in table.loads])
         for version in idle:
-            logger.info(
-                "LoRA adapter %s was not used for its ttl_s of %g s", version.name, version.record.ttl_s
-            )
-            self._unload(Unload(None, version, math.inf))
+            if version.named:  # unloading one looks at the time again, and may have taken this one with it
+                logger.info(
+                    "LoRA adapter %s was not used for its ttl_s of %g s", version.name, version.record.ttl_s
+                )
+                self._unload(Unload(None, version, math.inf))
         return True
 
     # ---- what is done -------------------------------------------------------------------------------------------
@@ -120,6 +121,7 @@ class AdapterAdmin:
             self._fit.check_pin(version, table.versions.values(), self._live_sequences())
         if call.pinned is not None:
             table.set_pin(version, call.pinned)
+            table.settle(version)  # what is pinned no longer may make room for a load that waits
         if call.ttl_s is not msgspec.UNSET:
             version.record.ttl_s = call.ttl_s
             table.unloads.watch(version.record)

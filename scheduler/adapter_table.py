@@ -113,7 +113,7 @@ class AdapterTable:
         self.touch(version)
         record.last_use, record.idle_since = self._times.since_1970(), self._times.now()
         self.unloads.watch(record)
-        self._settle(version)
+        self.settle(version)
 
     def start_load(self, call: LoadAdapter) -> None:
         """A load that was checked."""
@@ -186,7 +186,7 @@ class AdapterTable:
         elif error := version.acks.error:
             self._host.drop(version)
             self._lose_host_copy(version, error)
-        self._settle(version)
+        self.settle(version)
 
     def _finish_load(self, load: Load, version: Version) -> None:
         """Every rank has staged it: the name is its own, unless a rank failed or the name has moved on meanwhile."""
@@ -213,7 +213,7 @@ class AdapterTable:
         self._device.copied(version)
         if error := version.acks.error:
             self._end_waiting(version, error)
-        self._settle(version)
+        self.settle(version)
 
     # ---- residency ----------------------------------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ class AdapterTable:
         """Its name is gone; it lives on its leases."""
         version.named = False
         self.set_pin(version, False)
-        self._settle(version)
+        self.settle(version)
 
     def set_pin(self, version: Version, pinned: bool) -> None:
         """Pin a version that may be pinned, which also tries anew what failed before, or let go of its pin."""
@@ -285,14 +285,14 @@ class AdapterTable:
         version.host = HostCopy.NONE
         version.failed = True
         self._end_waiting(version, error)
-        self._settle(version)
+        self.settle(version)
 
     def _end_waiting(self, version: Version, error: ErrorInfo) -> None:
         """It could not be made ready for those that wait for it."""
         waiting = [s for s in self._live_sequences() if s.version is version and s.phase is Phase.WAITING]
         self._end_sequences(waiting, error)
 
-    def _settle(self, version: Version) -> None:
+    def settle(self, version: Version) -> None:
         """After a change: bury the version if it is dead, and let others have the host memory that became free."""
         under_way = version.host is HostCopy.STAGING or version.device is DeviceCopy.COPYING
         if not (version.named or version.leases or under_way) and version.id in self.versions:

@@ -1,6 +1,7 @@
 """Calls that wait for their grammars: accepted only when every grammar of the call is known to be good.
 
-A grammar is compiled once and remembered, as is the error of one that cannot be compiled.
+A grammar is compiled once and remembered, as is the error of a malformed one. That one took too long is not: it may have
+been the machine.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from manylora.runtime.errors import ErrorInfo, QueueFullError
+from manylora.runtime.errors import BadGrammarError, ErrorInfo, QueueFullError
 from manylora.runtime.messages import Submit
 from manylora.scheduler.grammar import Compiled, CompileJob, Grammar, GrammarSource, source_of
 from manylora.scheduler.outbox import Outbox
 
 MAX_REMEMBERED = 32  # grammars; a large one takes megabytes
+MAX_COMPILING = 128  # grammars, whether or not their callers are still there; one call alone may have more
 
 Grammars = dict[GrammarSource, Grammar]
 
@@ -75,8 +77,12 @@ class GrammarDesk:
                 f"{waiting} sequences wait for their grammars; {parked.num_sequences} more exceed the limit of "
                 f"{self._max_queued}."
             )
-        self._parked.append(parked)
         missing = parked.wanted - parked.grammars.keys() - self._compiling
+        if self._compiling and len(self._compiling) + len(missing) > MAX_COMPILING:
+            raise QueueFullError(
+                f"{len(self._compiling)} grammars wait to be compiled; {len(missing)} more exceed the limit of {MAX_COMPILING}."
+            )
+        self._parked.append(parked)
         self._compiling |= missing
         self._outbox.to_grammars += [CompileJob(source) for source in sorted(missing)]
         return None
@@ -84,7 +90,9 @@ class GrammarDesk:
     def on_compiled(self, compiled: Compiled) -> list[ParkedCall]:
         """The calls that wait no longer, in the order they came."""
         self._compiling.discard(compiled.source)
-        self._remembered[compiled.source] = compiled
+        outcome = compiled.outcome
+        if isinstance(outcome, Grammar) or outcome.code == BadGrammarError.code:
+            self._remembered[compiled.source] = compiled
         if len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)
         for parked in self._parked:

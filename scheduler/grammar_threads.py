@@ -160,6 +160,7 @@ class _Checker:
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
             if self._read(self._process, _START_S) is None:
+                self.kill()  # or what it says late would be taken for another answer
                 raise ManyloraError("The process that checks grammars could not be started.")
         verdict = self._ask(self._process, Question(source.kind, source.text))
         if verdict is None:

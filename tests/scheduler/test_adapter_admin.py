@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -223,6 +225,21 @@ def test_an_idle_adapter_goes_when_its_time_is_over(pinned: bool, caplog: pytest
     assert world.submit(PROMPT, lora="a")[0].finish.error.code == "adapter_not_found"
     assert world.scheduler.seconds_to_due is None
     world.assert_nothing_left()
+
+
+def test_adapters_whose_times_end_one_after_another_go_once_each() -> None:
+    """The clock goes on while those whose time is over are unloaded, and others' ends meanwhile."""
+    world = World()
+    for name in "abcd":
+        world.now = 0.001 * (name == "d")
+        world.load_now(name, f"p{name}", ttl_s=5.0)
+    readings = itertools.count()
+    admin = world.scheduler._admin
+    admin._times = dataclasses.replace(admin._times, now=lambda: 5.0005 + 0.001 * next(readings))
+    world.scheduler.on_time()
+    world.settle()
+    assert names(world) == []
+    assert world.unload("b", drain_s=0.0).reply.error.code == "adapter_not_found"
 
 
 def test_time_stands_still_while_a_request_runs_or_waits() -> None:

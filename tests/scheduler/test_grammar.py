@@ -9,6 +9,7 @@ import pytest
 from manylora.runtime.messages import GenerateReq, Rejected, Submit, pack_i32
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.scheduler.grammar import CompileJob, Constraint, MaskJob, without
+from manylora.scheduler.grammar_desk import MAX_COMPILING
 from tests.scheduler import fake_grammar
 from tests.scheduler.fake_front import EOS, Expected
 from tests.scheduler.fake_grammar import BAD, STUCK, FakeMatcher
@@ -101,6 +102,30 @@ def test_a_call_that_nobody_waits_for_is_forgotten() -> None:
     assert world.flush().error is None
     world.settle()
     world.assert_nothing_left()
+
+
+def test_callers_that_leave_do_not_pile_up_grammars() -> None:
+    world = World()
+    for text in range(200):
+        world.abort(*world.submit(PROMPT, regex=f"{text}"))
+    assert len(world.grammar_jobs) == MAX_COMPILING
+    (refused,) = world.submit(PROMPT, regex="9999")
+    assert code_of(refused) == "queue_full"
+    while world.grammar_jobs:
+        world.finish_grammar_job()
+    (last,) = world.submit(PROMPT, max_new=8, regex="7777")
+    world.settle()
+    assert last.finish.reason == "stop"
+
+
+def test_that_a_grammar_took_too_long_is_not_remembered() -> None:
+    world = World()
+    (slow,) = world.submit(PROMPT, max_new=8, regex="5")
+    world.finish_grammar_job(fail=True)
+    assert code_of(slow) == "grammar_too_complex"
+    (again,) = world.submit(PROMPT, max_new=8, regex="5")
+    world.settle()
+    assert again.finish.reason == "stop"
 
 
 def test_a_limited_row_takes_every_second_step_and_the_others_every_one() -> None:
