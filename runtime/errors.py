@@ -1,7 +1,7 @@
 """Every error a user can meet, in one hierarchy.
 
 Each class fixes a stable `code` (a word clients may test for) and an HTTP `status`. To add one: subclass, give both,
-say in the docstring when it is raised. Across processes an error travels as `ErrorInfo`; nothing is pickled.
+say in the docstring when it is raised. Across processes an error travels as `ErrorInfo`, a plain value.
 `assert` is for what only a bug of ours can break.
 """
 

@@ -46,7 +46,9 @@ _STACK_BYTES = 64 << 20  # what the checker could compile in less must not overf
 
 
 class GrammarThreads:
-    """`fileno` is readable while answers wait. All methods are for the thread that owns the scheduler."""
+    """`fileno` is readable while answers wait; `started`: some grammar has come. All methods are for the thread that owns
+    the scheduler.
+    """
 
     def __init__(self, directory: str | Path, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
         """Loads the tokenizer. One that llguidance cannot work with refuses every grammar."""
@@ -61,7 +63,7 @@ class GrammarThreads:
         self._answers: deque[GrammarAnswer] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._masks_due = 0
-        self._started = False
+        self.started = False
 
     def fileno(self) -> int:
         return self._wake
@@ -100,9 +102,9 @@ class GrammarThreads:
 
     def _start(self) -> None:
         """The threads, when the first grammar comes. They end with the process."""
-        if self._started:
+        if self.started:
             return
-        self._started = True
+        self.started = True
         before = threading.stack_size(_STACK_BYTES)
         threading.Thread(target=self._compile_all, name="grammars", daemon=True).start()
         for _ in range(_MASK_THREADS):

@@ -235,9 +235,10 @@ class SchedulerProcess:
 
     def _exchange_masks(self) -> None:
         scheduler, grammars = self._scheduler, self._grammars
-        patience = (
-            _MASK_PATIENCE_S if scheduler.to_grammars else 0.0
-        )  # for a slow one once, not in every step
+        if not scheduler.to_grammars and not grammars.started:
+            return
+        # For a slow one once, not in every step.
+        patience = _MASK_PATIENCE_S if scheduler.to_grammars else 0.0
         grammars.submit(scheduler.to_grammars)
         scheduler.to_grammars.clear()
         for answer in grammars.take(patience):
