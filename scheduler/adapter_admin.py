@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterAdmin:
-    """`live_sequences` and `end_sequences`: see AdapterTable."""
+    """`live_sequences` and `end_sequences`: see AdapterTable. `asked`: the names that calls will use which are not accepted
+    yet."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class AdapterAdmin:
         times: Times,
         live_sequences: Callable[[], Iterable[Sequence]],
         end_sequences: Callable[[list[Sequence], ErrorInfo], None],
+        asked: Callable[[], set[str]],
     ) -> None:
         self._enabled = args.enable_lora or bool(args.lora_paths)
         self._max_pinned = args.max_loras_per_batch - 1
@@ -48,6 +50,7 @@ class AdapterAdmin:
         self._times = times
         self._live_sequences = live_sequences
         self._end_sequences = end_sequences
+        self._asked = asked
 
     def check_requested(self, names: set[str]) -> None:
         """Raise unless every name stands for a version now."""
@@ -99,8 +102,10 @@ class AdapterAdmin:
             return False
         for record in table.unloads.take_overdue(now):
             self._end_users(record)
-        # A name that is being replaced stays; the end of the load sets its time anew.
-        idle = table.unloads.look(now, [v for name, v in table.names.items() if name not in table.loads])
+        # A name that is being replaced stays; the end of the load sets its time anew. So does one that a call waits to use;
+        # whoever no longer asks for it looks again.
+        kept = table.loads.keys() | self._asked()
+        idle = table.unloads.look(now, [v for name, v in table.names.items() if name not in kept])
         for version in idle:
             if version.named:  # unloading one looks at the time again, and may have taken this one with it
                 logger.info(
@@ -108,6 +113,10 @@ class AdapterAdmin:
                 )
                 self._unload(Unload(None, version, math.inf))
         return True
+
+    def look_again(self) -> None:
+        """What is asked for has changed."""
+        self._table.unloads.due = min(self._table.unloads.due, self._times.now())
 
     # ---- what is done -------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ been the machine.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from manylora.runtime.errors import BadGrammarError, ErrorInfo, QueueFullError
@@ -22,9 +23,11 @@ Grammars = dict[GrammarSource, Grammar]
 
 @dataclass(slots=True)
 class ParkedCall:
-    """`grammars`: those compiled so far of `wanted`; `aborted`: handles that nobody waits for any more."""
+    """`grammars`: those compiled so far of `wanted`; `aborted`: handles that nobody waits for any more; `arrived_at`: by the
+    scheduler's clock."""
 
     call: Submit
+    arrived_at: float
     wanted: set[GrammarSource]
     grammars: Grammars
     error: ErrorInfo | None = None
@@ -48,9 +51,10 @@ class ParkedCall:
 
 
 class GrammarDesk:
-    def __init__(self, outbox: Outbox, max_queued: int) -> None:
+    def __init__(self, outbox: Outbox, max_queued: int, clock: Callable[[], float]) -> None:
         self._outbox = outbox
         self._max_queued = max_queued
+        self._clock = clock
         self._remembered: OrderedDict[GrammarSource, Compiled] = OrderedDict()
         self._compiling: set[GrammarSource] = set()
         self._parked: list[ParkedCall] = []
@@ -59,12 +63,19 @@ class GrammarDesk:
     def busy(self) -> bool:
         return bool(self._parked)
 
+    def adapters_asked(self) -> set[str]:
+        """What parked calls will use."""
+        return {
+            r.lora_name for parked in self._parked for r in parked.call.requests if r.lora_name is not None
+        }
+
     def take(self, call: Submit) -> ParkedCall | None:
         """The call with its grammars if all are known (or one is known to be bad); else it is parked until they are.
 
         Raises QueueFullError if too much is parked.
         """
-        parked = ParkedCall(call, {s for r in call.requests if (s := source_of(r.params)) is not None}, {})
+        wanted = {source for r in call.requests if (source := source_of(r.params)) is not None}
+        parked = ParkedCall(call, self._clock(), wanted, {})
         for source in parked.wanted:
             if (known := self._remembered.get(source)) is not None:
                 self._remembered.move_to_end(source)

@@ -44,8 +44,9 @@ class Intake:
         self._random = random.Random(seed)
         self._num_arrived = 0
 
-    def accept(self, requests: list[GenerateReq], grammars: Grammars) -> None:
-        """Queue every sequence of a call, whose `grammars` are compiled; raises a ManyloraError, and queues none, if one of them cannot be served."""
+    def accept(self, requests: list[GenerateReq], grammars: Grammars, arrived_at: float) -> None:
+        """Queue every sequence of a call, whose `grammars` are compiled; raises a ManyloraError, and queues none, if one of
+        them cannot be served. arrived_at: when the call did, on the roster's clock."""
         waiting = len(self._roster.waiting)
         count = sum(request.params.n for request in requests)
         if waiting + count > self._max_queued:
@@ -61,7 +62,7 @@ class Intake:
             if request.lora_name is not None:
                 self._adapters.count_request(self._adapters.names[request.lora_name])
         for sequence, version in accepted:
-            self._roster.add(sequence, version)
+            self._roster.add(sequence, version, arrived_at)
 
     def _samples(self, request: GenerateReq, version: Version | None, grammars: Grammars) -> list[Sequence]:
         params = request.params

@@ -82,13 +82,13 @@ class Roster:
         self._adapters = adapters
         self._clock = clock
 
-    def add(self, sequence: Sequence, version: Version | None) -> None:
-        """Accept a sequence."""
+    def add(self, sequence: Sequence, version: Version | None, arrived_at: float) -> None:
+        """Accept a sequence, which has waited since `arrived_at` on our clock."""
         if version is not None:
             sequence.version, sequence.version_id = version, version.id
             self._adapters.lease(version)
         assert sequence.handle not in self.live
-        sequence.arrived_at = self._clock()
+        sequence.arrived_at = arrived_at
         self.live[sequence.handle] = sequence
         self.waiting.push(sequence)
         self.changed = True

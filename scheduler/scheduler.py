@@ -102,6 +102,7 @@ class Scheduler:
         host = HostTier(limits.num_host_pages, lora.max_loaded_loras, tp_size, outbox)
         device = DeviceTier(self._memory, tp_size, outbox)
         times = Times(clock, world_clock)
+        self._grammars = GrammarDesk(outbox, schedule.max_queued_requests, clock)
         self._adapters = AdapterTable(
             host=host,
             device=device,
@@ -120,12 +121,12 @@ class Scheduler:
             times=times,
             live_sequences=self._live_sequences,
             end_sequences=self._end_sequences,
+            asked=self._grammars.adapters_asked,
         )
         sequences = SequenceMemory(self._memory)
         # A step holds a row of each running sequence, so no more may run than a step has tokens.
         num_slots = min(schedule.max_running_requests, chunk_size)
         self._roster = Roster(num_slots, sequences, self._adapters, clock)
-        self._grammars = GrammarDesk(outbox, schedule.max_queued_requests)
         self._intake = Intake(
             self._roster,
             self._adapters,
@@ -161,8 +162,9 @@ class Scheduler:
                 for handle in unpack_i64(message.handles):
                     if sequence := self._roster.live.get(handle):
                         self._roster.end(sequence)
-                    else:
+                    elif self._grammars.busy:
                         self._grammars.abort(handle)
+                        self._admin.look_again()
             case LoadAdapter():
                 self._admin.on_load(message)
             case UpdateAdapter():
@@ -188,6 +190,7 @@ class Scheduler:
         if isinstance(answer, Compiled):
             for call in self._grammars.on_compiled(answer):
                 self._accept(call)
+                self._admin.look_again()
             return
         answer.constraint.mask = answer.outcome if isinstance(answer.outcome, bytes) else None
         sequence = self._roster.live.get(answer.constraint.handle)
@@ -274,7 +277,7 @@ class Scheduler:
             self._reject(parked.call, parked.error)
             return
         try:
-            self._intake.accept(parked.call.requests, parked.grammars)
+            self._intake.accept(parked.call.requests, parked.grammars, parked.arrived_at)
         except ManyloraError as error:
             self._reject(parked.call, error.info())
             return

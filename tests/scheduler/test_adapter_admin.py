@@ -10,6 +10,7 @@ import pytest
 
 from manylora.runtime.messages import AdapterState
 from tests.scheduler.fake_front import Expected
+from tests.scheduler.fake_grammar import BAD
 from tests.scheduler.world import EPOCH, Adapter, World
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -254,6 +255,28 @@ def test_time_stands_still_while_a_request_runs_or_waits() -> None:
     assert world.scheduler.seconds_to_due == 5.0
     world.pass_time(5.0)
     assert names(world) == []
+
+
+@pytest.mark.parametrize("fate", ["accepted", "refused", "aborted"])
+def test_time_does_not_run_out_for_a_call_that_waits_for_its_grammar(fate: str) -> None:
+    world = World()
+    world.load_now("a", "pa", ttl_s=5.0)
+    (sequence,) = world.submit(PROMPT, lora="a", max_new=3, regex=f"{BAD}3" if fate == "refused" else "3")
+    world.pass_time(50.0)
+    assert names(world) == ["a"]
+    if fate == "aborted":
+        world.abort(sequence)
+        assert not sequence.started
+    world.finish_grammar_job()
+    world.scheduler.on_time()
+    assert (names(world) == ["a"]) == (fate == "accepted")
+    world.settle()
+    if fate == "accepted":
+        assert sequence.finish.reason in ("stop", "length")
+        assert world.scheduler.seconds_to_due == 5.0
+        world.pass_time(5.0)
+    assert names(world) == []
+    world.assert_nothing_left()
 
 
 def test_a_replacement_sets_the_time_anew_and_is_not_overtaken_by_it() -> None:

@@ -51,17 +51,24 @@ def test_every_page_is_free_or_of_kv_or_of_an_adapter() -> None:
 
 def test_the_queue_time_is_from_arrival_to_the_first_step_and_preemption_adds_none() -> None:
     world = World(num_pages=6, max_running=2, radix=False, overlap=False)
-    now = 100.0
-    world.scheduler._roster._clock = lambda: now  # type: ignore[attr-defined]
     starts = starts_of(world)
     sequences = [world.submit(PROMPT[:4], max_new=12, ignore_eos=True)[0] for _ in range(3)]
     for _ in range(1000):
         if world.scheduler.idle:
             break
         world.step()
-        now += 1
+        world.now += 1
     assert all(sequence.finish.reason == "length" for sequence in sequences)
     assert world.state().preemptions > 0
     waited = [start.queue_s for start in starts]
     assert waited[:2] == [0, 0]
     assert waited[2] >= 11  # until one of the others had ended
+
+
+def test_the_queue_time_counts_the_wait_for_a_grammar() -> None:
+    world = World()
+    starts = starts_of(world)
+    world.submit(PROMPT[:4], max_new=2, regex="5")
+    world.now += 3
+    world.settle()
+    assert [start.queue_s for start in starts] == [3]
