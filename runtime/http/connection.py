@@ -17,7 +17,7 @@ async def heed_expectation(request: web.Request) -> web.Response | None:
     if request.version != HttpVersion11:  # HTTP/1.0 has no such header
         return None
     if expected.lower() != "100-continue":
-        return error_response(ExpectationFailedError(f"Unknown Expect: {expected}", param="Expect").info())
+        return _unknown_expectation(request)
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0  # nothing of the answer was sent yet
     return None
@@ -42,6 +42,19 @@ class Connection(web.RequestHandler):
         response = error_response(info)
         response.force_close()
         return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send the answer. Where there is no route, nor therefore our `heed_expectation`, aiohttp refuses in plain text."""
+        if isinstance(resp, web.HTTPExpectationFailed):
+            resp = _unknown_expectation(request)
+        return await super().finish_response(request, resp, start_time)
+
+
+def _unknown_expectation(request: web.BaseRequest) -> web.Response:
+    expected = request.headers.get(hdrs.EXPECT, "")
+    return error_response(ExpectationFailedError(f"Unknown Expect: {expected}", param="Expect").info())
 
 
 def _reason(error: HttpProcessingError) -> str:

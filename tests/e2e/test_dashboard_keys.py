@@ -19,6 +19,7 @@ USER_KEY, ADMIN_KEY, STRANGE_KEY = (
     "the-admins-key-0123456789",
     "nobodys-0123456789",
 )
+UNSENDABLE_KEY = "schlüssel-0123456789"  # a header has no such letter
 REFUSED = ("Failed to load resource",)  # a browser logs every 4xx
 
 
@@ -59,6 +60,8 @@ def give(page: Page, key: str) -> None:
 
 def test_it_asks_once_and_again_for_a_better_one(page: Page) -> None:
     expect(page.locator("#key-message")).to_have_text("This needs a key.")
+    give(page, UNSENDABLE_KEY)
+    assert page.locator("#key-input").evaluate("input => input.validity.patternMismatch")
     give(page, STRANGE_KEY)
     expect(page.locator("#key-message")).to_have_text("The key is not known.")
     expect(page.locator("#adapters tbody tr")).to_have_count(0)

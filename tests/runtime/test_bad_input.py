@@ -294,6 +294,7 @@ async def test_expectations(tokenizer_dir: Path) -> None:
         assert status == 100
         async with front.client.post("/generate", data=body, expect100=True) as response:
             assert response.status == 200
-        status, _, answer = await exchange(front, request("POST", "/generate", body, "Expect: cake"))
-        error = answer["error"]
-        assert (status, error["code"], error["param"]) == (417, "expectation_failed", "Expect")
+        for path in ("/generate", "/nowhere"):
+            status, _, answer = await exchange(front, request("POST", path, body, "Expect: cake"))
+            error = answer["error"]
+            assert (status, error["code"], error["param"]) == (417, "expectation_failed", "Expect")
