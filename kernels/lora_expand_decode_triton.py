@@ -18,7 +18,7 @@ from manylora.kernels.dependent_launch import (
     overlapping,
     wait_for_earlier,
 )
-from manylora.kernels.lora_planes_triton import add_to, can_prefetch, load_b
+from manylora.kernels.lora_planes_triton import can_prefetch, load_b, write_to
 from manylora.kernels.lora_units_triton import load_slice, shortest_run
 from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs, registers
 
@@ -40,6 +40,7 @@ def lora_expand_decode(
     out_sizes: tuple[int, ...],
     launch: Launch | None = None,
     beside: bool = False,
+    adds: bool = True,
 ) -> None:
     """As `lora_expand_triton.lora_expand`."""
     parts, chunks, _, _, columns = planes.shape
@@ -63,6 +64,7 @@ def lora_expand_decode(
         "BLOCK_N": launch.block,
         "BLOCK_R": max(16, triton.next_power_of_2(plane_width * parts)),
         "AHEAD": _AHEAD,
+        "ADDS": adds,
         "STAGES": launch.num_stages,
         "num_warps": launch.num_warps,
         "num_stages": 1,  # of the loops that do not say otherwise
@@ -150,6 +152,7 @@ def _lora_expand_decode(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     AHEAD: tl.constexpr,
+    ADDS: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -157,6 +160,7 @@ def _lora_expand_decode(
 
     Outputs are the products' rows, which tensor cores take straight from shared memory, tokens their columns. Slices are
     multiplied one by one, so that time follows their widths; of up to four, the pieces are read side by side.
+    Unless it ADDS to y, it writes every output of the tiles' tokens, zero where an adapter has no piece.
     """
     tiles_here = tl.load(num_tiles)
     run = shortest_run(tiles_here, blocks_0, blocks_1, blocks_2, tl.num_programs(0))
@@ -213,7 +217,8 @@ def _lora_expand_decode(
                     slices + entry + 3, 3, count, begin, ahead, token, in_tile, columns,
                     PARTS, CHUNKS, QUANTUM, PREFETCH, BLOCK_R, OVERLAPS,
                 )  # fmt: skip
-                end = tl.where(width + width_1 + width_2 + width_3 > 0, end, begin)
+                if ADDS:
+                    end = tl.where(width + width_1 + width_2 + width_3 > 0, end, begin)
                 for start in tl.range(begin, end, BLOCK_N // 4, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
                     output = start + tl.arange(0, BLOCK_N // 4)
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
@@ -224,23 +229,26 @@ def _lora_expand_decode(
                     acc = tl.dot(lora_b_1, hidden_1, acc, input_precision="ieee")
                     acc = tl.dot(lora_b_2, hidden_2, acc, input_precision="ieee")
                     acc = tl.dot(lora_b_3, hidden_3, acc, input_precision="ieee")
-                    add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
+                    write_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size, ADDS)
             elif tokens == 1:
-                end = tl.where(width > 0, end, begin)
+                if ADDS:
+                    end = tl.where(width > 0, end, begin)
                 y_row = y_module + first.to(tl.int64) * y_stride
                 for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
                     output = start + tl.arange(0, BLOCK_N)
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
-                    delta = tl.sum(tl.dot(lora_b, hidden, input_precision="ieee"), 1)
-                    total = tl.load(y_row + output, mask=output < size, other=0.0).to(tl.float32) + delta
+                    total = tl.sum(tl.dot(lora_b, hidden, input_precision="ieee"), 1)
+                    if ADDS:
+                        total += tl.load(y_row + output, mask=output < size, other=0.0).to(tl.float32)
                     tl.store(y_row + output, total.to(y.dtype.element_ty), mask=output < size)
             else:
-                end = tl.where(width > 0, end, begin)
+                if ADDS:
+                    end = tl.where(width > 0, end, begin)
                 for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
                     output = start + tl.arange(0, BLOCK_N)
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
                     acc = tl.dot(lora_b, hidden, input_precision="ieee")
-                    add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
+                    write_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size, ADDS)
         else:
             wait_for_earlier(OVERLAPS)
             let_next_start(OVERLAPS)
@@ -248,7 +256,9 @@ def _lora_expand_decode(
             for plane in range(count):
                 slice_row = tl.load(slices + entry + plane).to(tl.int64)
                 pieces += (tl.load(offsets_at + slice_row * offsets_row) >= 0).to(tl.int32)
-            for start in range(begin, tl.where(pieces > 0, end, begin), BLOCK_N):
+            if ADDS:
+                end = tl.where(pieces > 0, end, begin)
+            for start in range(begin, end, BLOCK_N):
                 output = start + tl.arange(0, BLOCK_N)
                 start_end = tl.minimum(start + BLOCK_N, end)
                 acc = tl.zeros((BLOCK_N, TILE_TOKENS), tl.float32)
@@ -261,5 +271,5 @@ def _lora_expand_decode(
                     )  # fmt: skip
                     lora_b = load_b(piece, width, output, size, BLOCK_R)
                     acc = tl.dot(lora_b, hidden, acc, input_precision="ieee")
-                add_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size)
+                write_to(y_module, y_stride, tl.trans(acc), token, in_tile, output, size, ADDS)
     wait_for_earlier(OVERLAPS)  # a program may have had no unit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from manylora.kernels.lora_expand_decode_triton import lora_expand_decode
-from manylora.kernels.lora_planes_triton import add_to, load_b, scaled_plane
+from manylora.kernels.lora_planes_triton import load_b, scaled_plane, write_to
 from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_programs
 
 _MAX_MODULES = 3
@@ -27,16 +27,18 @@ def lora_expand(
     out_sizes: tuple[int, ...],
     launch: Launch | None = None,
     beside: bool = False,
+    adds: bool = True,
 ) -> None:
     """As `kernels.lora_expand`, but for what follows.
 
     `work` is listed, and stands for segments and slices. planes: (parts, chunks, slices, T, modules · plane width), to
     be summed over `chunks`. scaling · plane is rounded to y's dtype before the product with Bᵀ. Every offset is a
     multiple of 32. beside: the two launches right before this one are the product y, by `linear_triton`, and `lora_shrink`
-    beside it; for decode steps.
+    beside it; for decode steps. adds: to y; if not, for decode steps, y is written where `work.has_adapter`.
     """
     if work.decode:
-        lora_expand_decode(planes, pages, offsets, widths, scalings, work, y, out_sizes, launch, beside)
+        tables = (offsets, widths, scalings)
+        lora_expand_decode(planes, pages, *tables, work, y, out_sizes, launch, beside, adds)
         return
     parts, chunks, _, _, columns = planes.shape
     modules = len(out_sizes)
@@ -178,7 +180,7 @@ def _lora_expand(
                     output = index * BLOCK_N + tl.arange(0, BLOCK_N)
                     lora_b = tl.trans(load_b(pages + offset, width, output, size, BLOCK_R))
                     acc = tl.dot(hidden, lora_b, input_precision="ieee")
-                    add_to(y_module, y_stride, acc, token, in_tile, output, size)
+                    write_to(y_module, y_stride, acc, token, in_tile, output, size, tl.constexpr(True))
         else:
             pieces = tl.zeros((), tl.int32)
             for plane in range(count):
@@ -202,4 +204,4 @@ def _lora_expand(
                         ).to(pages.dtype.element_ty)  # fmt: skip
                         lora_b = tl.trans(load_b(pages + offset, width, output, size, BLOCK_R))
                         acc = tl.dot(hidden, lora_b, acc, input_precision="ieee")
-                    add_to(y_module, y_stride, acc, token, in_tile, output, size)
+                    write_to(y_module, y_stride, acc, token, in_tile, output, size, tl.constexpr(True))

@@ -78,9 +78,10 @@ def load_b(piece, width, output, size, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def add_to(y, y_stride, acc, token, in_tile, output, size):
-    """y += acc (TILE_TOKENS, BLOCK_N) float32, rounded once."""
+def write_to(y, y_stride, acc, token, in_tile, output, size, ADDS: tl.constexpr):
+    """y += acc (TILE_TOKENS, BLOCK_N) float32, rounded once; y = acc if not ADDS."""
     at = y + token[:, None] * y_stride + output[None, :]
     known = in_tile[:, None] & (output < size)[None, :]
-    total = tl.load(at, mask=known, other=0.0).to(tl.float32) + acc
-    tl.store(at, total.to(y.dtype.element_ty), mask=known)
+    if ADDS:
+        acc += tl.load(at, mask=known, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(y.dtype.element_ty), mask=known)

@@ -44,8 +44,8 @@ def lora_shrink(
     """
     num_chunks, _, num_tokens, columns = planes.shape
     features, modules = x.shape[1], offsets.shape[1]
-    block_n = max(16, 1 << (columns - 1).bit_length())
-    launch = launch or _default_launch(block_n, work.decode, beside)
+    block_n = _block_of(columns)
+    launch = launch or (decode_launch(columns, beside) if work.decode else _PREFILL)
     # Blocks are meant for elements of 2 bytes, and no wider than a chunk.
     block_k = min(
         launch.block * 2 // max(2, x.itemsize), triton.next_power_of_2(triton.cdiv(features, num_chunks))
@@ -95,11 +95,14 @@ def lora_shrink(
     )
 
 
-def _default_launch(block_n: int, decode: bool, beside: bool) -> Launch:
-    if not decode:
-        return _PREFILL
+def decode_launch(columns: int, beside: bool) -> Launch:
+    """How it is launched for planes of so many columns in a decode step."""
     launches = _DECODE_BESIDE if beside else _DECODE
-    return launches.get(block_n, launches[64])
+    return launches.get(_block_of(columns), launches[64])
+
+
+def _block_of(columns: int) -> int:
+    return max(16, 1 << (columns - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["num_units", "num_tokens", "chunk_stride", "plane_stride"])

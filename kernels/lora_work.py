@@ -46,6 +46,7 @@ class LoRAWork:
     items: (max_items, ITEM_FIELDS) int32: first token, tokens, row of the slice table, plane: one for each slice of each
         tile. Behind the last tile and the last item, `tokens` is 0.
     num_tiles: (1,) int32.
+    has_adapter: (num_tokens,) int32 of a decode step: 1 for tokens of some segment, else 0.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LoRAWork:
         self.tiles = torch.empty((self.max_tiles, TILE_FIELDS), dtype=torch.int32, device=device)
         self.items = torch.empty((self.max_items, ITEM_FIELDS), dtype=torch.int32, device=device)
         self.num_tiles = torch.empty(1, dtype=torch.int32, device=device)
+        self.has_adapter = torch.empty(num_tokens if self.decode else 0, dtype=torch.int32, device=device)
         self._plane_elements = max_slices * num_tokens * plane_columns
         size = self._num_chunks() * self._plane_elements
         if lender is not None and lender._planes.numel() >= size:

@@ -14,7 +14,7 @@ _BLOCK_SEGMENTS = 256
 
 
 def list_work(work: LoRAWork) -> None:
-    """Fill `tiles`, `items` and `num_tiles`. Tiles lie in the order of their segments, items in that of their tiles."""
+    """Fill `tiles`, `items`, `num_tiles` and `has_adapter`. Tiles lie in the order of their segments, items in that of their tiles."""
     meta: dict[str, Any] = {
         "TILE_TOKENS": work.tile_tokens,
         "TILE_FIELDS": TILE_FIELDS,
@@ -22,15 +22,18 @@ def list_work(work: LoRAWork) -> None:
         "BLOCK": _BLOCK,
         "BLOCK_SEGMENTS": _BLOCK_SEGMENTS,
     }
-    _list_work[(triton.cdiv(max(work.max_items, 1), _BLOCK),)](
+    num_flags = len(work.has_adapter)
+    _list_work[(triton.cdiv(max(work.max_items, num_flags, 1), _BLOCK),)](
         work.segments,
         work.slices,
         work.tiles,
         work.items,
         work.num_tiles,
+        work.has_adapter,
         len(work.segments),
         work.max_tiles,
         work.max_items,
+        num_flags,
         **meta,
     )
 
@@ -50,7 +53,7 @@ def _find_segment(sizes, index, segment, start, total):
 
 
 @triton.jit(
-    do_not_specialize=["num_segments", "max_tiles", "max_items"],
+    do_not_specialize=["num_segments", "max_tiles", "max_items", "num_flags"],
     do_not_specialize_on_alignment=["segments", "slices"],
 )
 def _list_work(
@@ -59,16 +62,19 @@ def _list_work(
     tiles,
     items,
     num_tiles_at,
+    has_adapter,
     num_segments,
     max_tiles,
     max_items,
+    num_flags,
     TILE_TOKENS: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
     ITEM_FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_SEGMENTS: tl.constexpr,
 ):
-    """Every program finds the segments of its own BLOCK tiles and BLOCK items, and writes 0 tokens where there are none."""
+    """Every program finds the segments of its own BLOCK tiles, BLOCK items and BLOCK tokens, and writes 0 where there are
+    none."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tile_segment = tl.zeros((BLOCK,), tl.int32)
     tile_start = tl.zeros((BLOCK,), tl.int32)
@@ -76,6 +82,7 @@ def _list_work(
     item_start = tl.zeros((BLOCK,), tl.int32)
     num_tiles = tl.zeros((), tl.int32)
     num_items = tl.zeros((), tl.int32)
+    flag = tl.zeros((BLOCK,), tl.int32)
     for first_segment in range(0, num_segments, BLOCK_SEGMENTS):
         segment = first_segment + tl.arange(0, BLOCK_SEGMENTS)
         known = segment < num_segments
@@ -87,6 +94,9 @@ def _list_work(
         item_segment, item_start, num_items = _find_segment(
             sizes * count, index, item_segment, item_start, num_items
         )
+        holds = (first[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
+        flag = tl.maximum(flag, tl.max(holds.to(tl.int32), 1))
+    tl.store(has_adapter + index, flag, mask=index < num_flags)
     if tl.program_id(0) == 0:
         tl.store(num_tiles_at, num_tiles)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manylora.kernels.addend import Addend
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension. x (…, n) of any strides, weight (n,); returns a new contiguous (…, n).
@@ -18,13 +20,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_reference(x, weight, eps)
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`residual += x` in place, then `rms_norm(residual, weight, eps)` as a new tensor. All (…, n)."""
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, addend: Addend | None = None
+) -> Tensor:
+    """`residual += x + addend` in place, then `rms_norm(residual, weight, eps)` as a new tensor.
+
+    x and residual (…, n); with an addend (T, n). The sum is taken in float32 and rounded once.
+    """
     if x.is_cuda:
         from manylora.kernels import rms_norm_triton
 
-        return rms_norm_triton.fused_add_rms_norm(x, residual, weight, eps)
-    return fused_add_rms_norm_reference(x, residual, weight, eps)
+        return rms_norm_triton.fused_add_rms_norm(x, residual, weight, eps, addend)
+    return fused_add_rms_norm_reference(x, residual, weight, eps, addend)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,6 +40,11 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
-def fused_add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    residual += x
+def fused_add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, addend: Addend | None = None
+) -> Tensor:
+    if addend is None:
+        residual += x
+    else:
+        residual.copy_(addend.added_to(x) + residual.float())
     return rms_norm_reference(residual, weight, eps)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from manylora.kernels.addend import Addend
+from manylora.kernels.addend_triton import addend_arguments, load_more
 from manylora.kernels.dependent_launch import let_next_start, overlapping, wait_for_earlier
 
 MAX_SIZE = 16384
@@ -31,7 +33,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, addend: Addend | None = None
+) -> Tensor:
     """See `kernels.rms_norm`; x and residual contiguous, n ≤ 16384."""
     if not (x.is_contiguous() and residual.is_contiguous()):
         raise ValueError("fused_add_rms_norm takes contiguous tensors")
@@ -39,7 +43,9 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     num_rows = x.numel() // x.shape[-1]
     if num_rows:
         grid, meta = _launch(x, num_rows)
-        _fused_add_rms_norm[grid](x, residual, weight, out, num_rows, eps, **meta)
+        meta["ADDS"] = addend is not None
+        arguments = [x, residual, *addend_arguments(addend, x), weight, out, num_rows, eps]
+        _fused_add_rms_norm[grid](*arguments, **meta)
     return out
 
 
@@ -96,10 +102,14 @@ def _rms_norm(
 def _fused_add_rms_norm(
     x,
     residual,
+    more,
+    more_stride,
+    has_more,
     weight,
     out,
     num_rows,
     eps,
+    ADDS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -110,8 +120,13 @@ def _fused_add_rms_norm(
     valid = (rows < num_rows)[:, None] & (columns < SIZE)[None, :]
     at = rows.to(tl.int64)[:, None] * SIZE + columns[None, :]
     row_weight = tl.load(weight + columns, mask=columns < SIZE, other=0.0)
+    more_valid = valid
+    if ADDS:
+        more_valid = valid & (tl.load(has_more + rows, mask=rows < num_rows, other=0) != 0)[:, None]
     wait_for_earlier(OVERLAPS)
     added = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    if ADDS:
+        added += load_more(more + rows.to(tl.int64)[:, None] * more_stride + columns[None, :], more_valid)
     total = tl.load(residual + at, mask=valid, other=0.0).to(tl.float32) + added
     let_next_start(OVERLAPS)
     total = total.to(residual.dtype.element_ty)

@@ -6,10 +6,12 @@ Whether a collective runs depends only on the plan and the flags, never on what 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum, auto
 from typing import Any, Protocol
 
 import torch
 
+from manylora.kernels.addend import Addend
 from manylora.kernels.lora_expand import lora_expand
 from manylora.kernels.lora_shrink import lora_shrink
 from manylora.lora.lora_batch import Collectives, LoRABatch
@@ -17,13 +19,25 @@ from manylora.lora.page_layout import ROW_PARALLEL, SITES, SLICE_ROWS
 from manylora.lora.weight_pool import WeightPool
 
 
+class Place(Enum):
+    """Where a delta is computed.
+
+    BEFORE: its shrink before the base product, its expand after it. BEHIND: both right behind our own product, which the
+    shrink runs beside. APART: both on another stream, beside the library's product; what reads that adds the delta.
+    """
+
+    BEFORE = auto()
+    BEHIND = auto()
+    APART = auto()
+
+
 class LoRADelta:
     """The delta of one (layer, site) on one rank. `site` indexes `SITES`.
 
-    The shrink of a decode step runs beside the base product: where that is our own kernel, right behind it as a dependent
-    launch; on a GPU without dependent launches, on `side_stream`. Neither is done where a collective follows the shrink:
-    on another stream that would need a communicator of its own. Where the product is the library's, which fills the GPU,
-    the shrink comes before it and starts early.
+    In a decode step it runs beside the base product: where that is our own kernel, as dependent launches behind it. The
+    library's product of some more rows is bound by arithmetic and leaves multiprocessors idle at its end: the delta uses
+    them, and the memory, from `side_stream`. Where a collective follows the shrink, neither is done: it would need a
+    communicator of its own. Without a side stream nothing is left to the reader.
     """
 
     def __init__(
@@ -54,48 +68,47 @@ class LoRADelta:
         self._side_stream = None if sharded else side_stream
 
     def begin(self, x: torch.Tensor, batch: LoRABatch) -> torch.Tensor | None:
-        """Call it before the base product: what of the delta needs no y, unless that is better done after it.
-
-        x: (T, in_local). Returns what `finish` takes.
-        """
-        if self._follows(x, batch):
+        """Call it before the base product. x: (T, in_local). Returns what `finish` takes."""
+        place = self._place(x, batch)
+        if place is Place.BEHIND:
             return None
-        side_stream = self._side_stream_of(x, batch)
-        if side_stream is None:
+        if place is Place.BEFORE:
             return self._shrink(x, batch)
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            return self._shrink(x, batch)
+        assert self._side_stream is not None
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        return x.new_empty((len(x), sum(self._out_sizes)))
 
-    def finish(self, x: torch.Tensor, begun: torch.Tensor | None, y: torch.Tensor, batch: LoRABatch) -> None:
-        """Add the delta to y in place, right after the base product y = `kernels.linear.linear(x, …)`.
+    def finish(
+        self, x: torch.Tensor, begun: torch.Tensor | None, y: torch.Tensor, batch: LoRABatch
+    ) -> Addend | None:
+        """Add the delta to y in place, or return it for what reads y to add; call it right after the base product
+        y = `kernels.linear.linear(x, …)`.
 
         y: column-parallel (T, sum of the modules' out_local), row-parallel (T, hidden), this rank's partial sum before the
         base's all-reduce.
         """
-        if begun is None:
-            planes = self._shrink(x, batch, beside=True)
-            self._expand(planes[None], y[:, self._y_columns], batch, beside=True)
-            return
-        side_stream = self._side_stream_of(x, batch)
-        if side_stream is not None:
-            torch.cuda.current_stream().wait_stream(side_stream)
-        self._expand(self._exchange(begun), y[:, self._y_columns], batch)
+        place = self._place(x, batch)
+        if place is Place.APART:
+            assert self._side_stream is not None
+            assert begun is not None
+            assert batch.work is not None
+            # Launched after the product, so that it takes only what that leaves.
+            with torch.cuda.stream(self._side_stream):
+                self._expand(self._shrink(x, batch)[None], begun, batch, place)
+            torch.cuda.current_stream().wait_stream(self._side_stream)
+            return Addend(begun, batch.work.has_adapter)
+        planes = self._shrink(x, batch, beside=True)[None] if begun is None else self._exchange(begun)
+        self._expand(planes, y[:, self._y_columns], batch, place)
+        return None
 
-    def _follows(self, x: torch.Tensor, batch: LoRABatch) -> bool:
-        """Whether the shrink is launched behind the product, and runs beside it all the same."""
+    def _place(self, x: torch.Tensor, batch: LoRABatch) -> Place:
         if not self._beside or batch.work is None or not batch.work.decode or not x.is_cuda:
-            return False
+            return Place.BEFORE
         from manylora.kernels import linear_triton
 
-        return linear_triton.is_faster(x)
-
-    def _side_stream_of(self, x: torch.Tensor, batch: LoRABatch) -> torch.cuda.Stream | None:
-        if self._side_stream is None or batch.work is None or not batch.work.decode:
-            return None
-        from manylora.kernels.dependent_launch import can_overlap
-
-        return None if can_overlap(x.device) else self._side_stream
+        if linear_triton.is_faster(x):
+            return Place.BEHIND
+        return Place.BEFORE if self._side_stream is None else Place.APART
 
     def _shrink(self, x: torch.Tensor, batch: LoRABatch, beside: bool = False) -> torch.Tensor:
         """x·Aᵀ in planes of (chunks, slices, T, plane columns)."""
@@ -128,8 +141,8 @@ class LoRADelta:
         whole = planes.sum(0, keepdim=True) if len(planes) > 1 else planes
         return self._group.all_gather(whole) if self._gathers else self._group.all_reduce(whole)[None]
 
-    def _expand(self, parts: torch.Tensor, y: torch.Tensor, batch: LoRABatch, beside: bool = False) -> None:
-        """y += parts·Bᵀ; parts as `_exchange` returns them."""
+    def _expand(self, parts: torch.Tensor, y: torch.Tensor, batch: LoRABatch, place: Place) -> None:
+        """y += parts·Bᵀ, or y = it where it is APART; parts as `_exchange` returns them."""
         if batch.work is None:
             lora_expand(
                 parts[:, 0],
@@ -155,13 +168,18 @@ class LoRADelta:
             batch.work,
             y,
             self._out_sizes,
-            beside=beside,
+            beside=place is Place.BEHIND,
+            adds=place is not Place.APART,
         )
 
 
 class LoRASite(Protocol):
-    """A linear layer that calls `lora.begin` before its product and `lora.finish` on it."""
+    """A linear layer that calls `lora.begin` before its product and `lora.finish` on it.
 
+    defers: whether it can leave an addend to what reads its product.
+    """
+
+    defers: bool
     lora: Any  # None or a LoRADelta; the layer has its own Protocol of it
 
 
@@ -176,4 +194,4 @@ def attach_deltas(model: HasLoRASites, pool: WeightPool, group: Collectives, sha
     on_cuda = pool.elements.device.type == "cuda"
     side_stream = torch.cuda.Stream(pool.elements.device) if on_cuda else None
     for layer, site, linear in model.lora_sites():
-        linear.lora = LoRADelta(pool, layer, site, group, sharding, side_stream)
+        linear.lora = LoRADelta(pool, layer, site, group, sharding, side_stream if linear.defers else None)

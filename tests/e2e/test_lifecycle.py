@@ -92,7 +92,7 @@ def test_a_client_that_leaves_a_stream_frees_everything(server: Server) -> None:
 
 def test_a_client_that_leaves_before_its_answer_frees_everything(server: Server) -> None:
     with pytest.raises(TimeoutError):
-        server.post("/generate", body(LONG), timeout_s=0.3)
+        server.post("/generate", body(LONG), timeout_s=0.1)
     wait_until(lambda: server.ledger()["running"] == 0, "the abort", timeout_s=3)
 
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
+from manylora.kernels.addend import Addend
 from manylora.kernels.lora_expand import lora_expand
 from manylora.kernels.lora_expand_triton import lora_expand as lora_expand_triton
 from manylora.kernels.lora_shrink import lora_shrink
 from manylora.kernels.lora_shrink_triton import lora_shrink as lora_shrink_triton
-from manylora.kernels.lora_work import LoRAWork
+from manylora.kernels.lora_work import Launch, LoRAWork
 from manylora.kernels.lora_work_triton import list_work
 
 NAN = float("nan")
@@ -151,18 +152,45 @@ class Site:
         list_work(work)
         return work
 
-    def apply(self, work: LoRAWork, x: torch.Tensor, y: torch.Tensor, parts: int = 1) -> None:
-        """Add the delta to y with the kernels; as `parts` ranks with 1/parts of every slice's A each would."""
+    def apply(
+        self,
+        work: LoRAWork,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        parts: int = 1,
+        *,
+        adds: bool = True,
+        shrink: Launch | None = None,
+    ) -> None:
+        """Add the delta to y with the kernels, or write it there; as `parts` ranks with 1/parts of every slice's A each
+        would. shrink: how that is launched."""
         a_offsets, b_offsets, widths, scalings = self._device_tables
         columns = 16 * len(self.out_sizes) // parts
         gathered = []
         for part in range(parts):
             planes = work.planes(self.features, columns).fill_(NAN)
             pages = self._part(part, parts)
-            lora_shrink_triton(x, pages, a_offsets, widths, work, planes, parts)
+            lora_shrink_triton(x, pages, a_offsets, widths, work, planes, parts, shrink)
             gathered.append(planes.clone())
         pages = self.device_pages
-        lora_expand_triton(torch.stack(gathered), pages, b_offsets, widths, scalings, work, y, self.out_sizes)
+        table = (b_offsets, widths, scalings)
+        lora_expand_triton(torch.stack(gathered), pages, *table, work, y, self.out_sizes, adds=adds)
+
+    def addend(self, work: LoRAWork, x: torch.Tensor, stream: torch.cuda.Stream | None = None) -> Addend:
+        """The delta of a decode step for what reads y to add; on `stream`, if there is one, which is then waited for."""
+        a_offsets, b_offsets, widths, scalings = self._device_tables
+        planes = work.planes(self.features, 16 * len(self.out_sizes))
+        values = x.new_full((len(x), sum(self.out_sizes)), NAN)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            lora_shrink_triton(x, self.device_pages, a_offsets, widths, work, planes, 1)
+            table = (b_offsets, widths, scalings)
+            pages = self.device_pages
+            lora_expand_triton(planes[None], pages, *table, work, values, self.out_sizes, adds=False)
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+        return Addend(values, work.has_adapter)
 
     def apply_beside(self, work: LoRAWork, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the delta to y, which `linear_triton` has just been launched to make of x."""

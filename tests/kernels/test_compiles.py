@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from manylora.kernels import paged_decode_triton, paged_prefill_triton
 from manylora.kernels.activation_triton import silu_and_mul
+from manylora.kernels.addend import Addend
 from manylora.kernels.linear_triton import linear
 from manylora.kernels.rms_norm_triton import fused_add_rms_norm, rms_norm
 from manylora.kernels.rope_and_store_triton import rope_and_store
@@ -26,16 +27,17 @@ SMS = 132
 DECODE = paged_decode_triton.Launch(2 * SMS, 128, 4, 2)
 
 
-@pytest.fixture(scope="module")
-def kernels() -> dict[str, Any]:
+@pytest.fixture(scope="module", params=[False, True], ids=["alone", "with an addend"])
+def kernels(request: pytest.FixtureRequest) -> dict[str, Any]:
     q, k, v, cache = projected()
     ids = torch.zeros(4, dtype=torch.int64)
     x, weight = torch.zeros(4, 4096, dtype=BF16), torch.zeros(4096, dtype=BF16)
+    addend = Addend(torch.zeros(4, 6144, dtype=BF16), ids.int()) if request.param else None
     with compiled_for_hopper() as compiled:
-        rope_and_store(q, k, v, torch.zeros(8, HEAD_DIM), ids, cache, ids)
+        rope_and_store(q, k, v, torch.zeros(8, HEAD_DIM), ids, cache, ids, addend)
         rms_norm(x, weight, 1e-5)
-        fused_add_rms_norm(x, x.clone(), weight, 1e-5)
-        silu_and_mul(x)
+        fused_add_rms_norm(x, x.clone(), weight, 1e-5, addend)
+        silu_and_mul(x, addend)
         linear(x, torch.zeros(6144, 4096, dtype=BF16))
     return compiled
 

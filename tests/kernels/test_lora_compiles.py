@@ -24,7 +24,9 @@ SITES = {"qkv": (4096, (4096, 1024, 1024)), "gate_up": (4096, (14336, 14336)), "
 SHRINK_PROGRAMS = {"qkv": 4, "gate_up": 6, "down": 6}
 
 
-def compiled_site(num_tokens: int, features: int, out_sizes: tuple[int, ...]) -> dict[str, Any]:
+def compiled_site(
+    num_tokens: int, features: int, out_sizes: tuple[int, ...], adds: bool = True
+) -> dict[str, Any]:
     ids = torch.zeros(4, dtype=torch.int64)
     pages, modules = torch.zeros(64, dtype=BF16), len(out_sizes)
     offsets = torch.zeros(4, 2, 7, 2, dtype=torch.int64)[:, 1, :modules, 0]
@@ -36,14 +38,15 @@ def compiled_site(num_tokens: int, features: int, out_sizes: tuple[int, ...]) ->
         list_work(work)
         planes = work.planes(features, 16 * modules)
         lora_shrink(x, pages, offsets, widths, work, planes, 1)
-        lora_expand(planes[None], pages, offsets, widths, scalings, work, y, out_sizes)
+        lora_expand(planes[None], pages, offsets, widths, scalings, work, y, out_sizes, adds=adds)
     return compiled
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64])
+@pytest.mark.parametrize(("num_tokens", "adds"), [(1, True), (64, True), (256, False)])
 @pytest.mark.parametrize("site", SITES)
-def test_decode_copies_weights_16_bytes_at_a_time_and_ahead(site: str, num_tokens: int) -> None:
-    compiled = compiled_site(num_tokens, *SITES[site])
+def test_decode_copies_weights_16_bytes_at_a_time_and_ahead(site: str, num_tokens: int, adds: bool) -> None:
+    features, out_sizes = SITES[site]
+    compiled = compiled_site(num_tokens, features, out_sizes, adds)
     assert compiled.keys() == {"_list_work", "_lora_shrink", "_lora_expand_decode"}
     check_copies(compiled["_lora_shrink"], SHRINK_PROGRAMS[site])
     expand = compiled["_lora_expand_decode"]

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from manylora.kernels import lora_shrink_triton
 from manylora.kernels.activation import silu_and_mul
 from manylora.kernels.linear_triton import linear
 from manylora.kernels.lora_work import LoRAWork
@@ -56,7 +57,12 @@ def random_step(site: Site, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor
 def check(site: Site, runs: Runs) -> None:
     x, y = random_step(site, sum(count for count, _ in runs))
     expected = site.expected(runs, x, y)
-    site.apply(site.work(runs), x, y)
+    work = site.work(runs)
+    if work.decode:
+        addend = site.addend(work, x)
+        assert addend.values.isnan().all(1).eq(work.has_adapter == 0).all()
+        assert_near(addend.added_to(y).to(y.dtype).cpu(), expected)
+    site.apply(work, x, y)
     assert_near(y.cpu(), expected)
 
 
@@ -137,6 +143,37 @@ def test_a_replay_gives_the_same_bits(site: Site) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("num_tokens", [65, 100, 256])
+@pytest.mark.parametrize("name", SITES)
+def test_apart_from_the_product_as_before_it(name: str, num_tokens: int) -> None:
+    """Products and what reads them on one stream of a graph, deltas on another: the bits of one after another."""
+    features, out_sizes = SITES[name]
+    site = Site(features, out_sizes, RANKS, torch.bfloat16, "cuda", ABSENT)
+    work = site.work(popular_runs("zipf", num_tokens, len(RANKS)))
+    weight = torch.randn(sum(out_sizes), features, device="cuda").bfloat16() / 64
+    source = torch.randn(num_tokens, 2 * features, device="cuda").bfloat16()
+    side_stream = torch.cuda.Stream()
+
+    def chain(stream: torch.cuda.Stream | None) -> list[torch.Tensor]:
+        results = []
+        for turn in range(4):
+            x = silu_and_mul(source * (turn + 1))
+            addend = site.addend(work, x, stream)
+            results.append(silu_and_mul(torch.mm(x, weight.T), addend))
+        return results
+
+    chain(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chained = chain(side_stream)
+    for _ in range(25):
+        source.normal_()
+        expected = chain(None)
+        torch.cuda.synchronize()
+        graph.replay()
+        assert all(torch.equal(found, wanted) for found, wanted in zip(chained, expected, strict=True))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 8, 33, 64])
 @pytest.mark.parametrize("name", SITES)
 def test_beside_the_product_as_behind_it(name: str, num_tokens: int) -> None:
@@ -146,6 +183,9 @@ def test_beside_the_product_as_behind_it(name: str, num_tokens: int) -> None:
     work = site.work(popular_runs("uniform", num_tokens, len(RANKS)))
     weight = torch.randn(sum(out_sizes), features, device="cuda").bfloat16() / 64
     source = torch.randn(num_tokens, 2 * features, device="cuda").bfloat16()
+    beside = lora_shrink_triton.decode_launch(
+        16 * len(out_sizes), beside=True
+    )  # its blocks decide where sums are cut
 
     def chain() -> list[torch.Tensor]:
         results = []
@@ -165,7 +205,7 @@ def test_beside_the_product_as_behind_it(name: str, num_tokens: int) -> None:
         x = silu_and_mul(source)
         y = linear(x, weight)
         torch.cuda.synchronize()
-        site.apply(work, x, y)
+        site.apply(work, x, y, shrink=beside)
         graph.replay()
         expected = [y, silu_and_mul(y)] * 4
         assert all(torch.equal(found, wanted) for found, wanted in zip(chained, expected, strict=True))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from manylora.kernels.activation import silu_and_mul
+from manylora.kernels.addend import Addend
 from manylora.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from manylora.kernels.rotary import rotary_embedding
 
@@ -53,6 +54,19 @@ def test_silu_and_mul() -> None:
     x = torch.randn(5, 12)
     gate, up = x[:, :6], x[:, 6:]
     torch.testing.assert_close(silu_and_mul(x), gate / (1 + torch.exp(-gate)) * up)
+
+
+def test_an_addend_is_added_first() -> None:
+    x, residual, weight = torch.randn(4, 8), torch.randn(4, 8), torch.randn(8)
+    values = torch.randn(4, 8)
+    addend = Addend(values.clone(), torch.tensor([1, 0, 0, 1], dtype=torch.int32))
+    addend.values[1:3] = torch.nan
+    sums = torch.stack([x[0] + values[0], x[1], x[2], x[3] + values[3]])
+    torch.testing.assert_close(silu_and_mul(x, addend), silu_and_mul(sums))
+    total = residual + sums
+    normed = fused_add_rms_norm(x, residual, weight, 1e-6, addend)
+    torch.testing.assert_close(normed, _dense_norm(total, weight, 1e-6))
+    torch.testing.assert_close(residual, total)
 
 
 def test_rotary_turns_each_pair_by_its_angle() -> None:

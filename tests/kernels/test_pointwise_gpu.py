@@ -17,10 +17,12 @@ from manylora.kernels.rms_norm import (
     rms_norm_reference,
 )
 from manylora.kernels.rope_and_store import rope_and_store, rope_and_store_reference
+from tests.kernels.addends import random_addend
 
 pytestmark = pytest.mark.gpu
 
 for_every_size = pytest.mark.parametrize("num_tokens", [0, 1, 77, 8192])
+adding_or_not = pytest.mark.parametrize("adds", [False, True])
 in_both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -31,10 +33,12 @@ def test_norms(size: int, num_tokens: int, dtype: torch.dtype) -> None:
     x, residual = torch.randn(2, num_tokens, size, device="cuda").to(dtype)
     weight = torch.randn(size, device="cuda").to(dtype)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
-    total = residual.clone()
-    expected = fused_add_rms_norm_reference(x, total, weight, 1e-5)
-    torch.testing.assert_close(fused_add_rms_norm(x, residual, weight, 1e-5), expected)
-    assert torch.equal(residual, total)
+    for addend in (None, random_addend(x)):
+        total = residual.clone()
+        found = residual.clone()
+        expected = fused_add_rms_norm_reference(x, total, weight, 1e-5, addend)
+        torch.testing.assert_close(fused_add_rms_norm(x, found, weight, 1e-5, addend), expected)
+        assert torch.equal(found, total)
 
 
 def test_norm_of_the_heads_of_a_fused_projection() -> None:
@@ -44,21 +48,24 @@ def test_norm_of_the_heads_of_a_fused_projection() -> None:
         torch.testing.assert_close(rms_norm(heads, weight, 1e-6), rms_norm_reference(heads, weight, 1e-6))
 
 
+@adding_or_not
 @in_both_precisions
 @for_every_size
 @pytest.mark.parametrize("size", [14336, 6001])
-def test_silu_and_mul(size: int, num_tokens: int, dtype: torch.dtype) -> None:
+def test_silu_and_mul(size: int, num_tokens: int, dtype: torch.dtype, adds: bool) -> None:
     x = torch.randn(num_tokens, 2 * size, device="cuda").to(dtype) * 4
-    torch.testing.assert_close(silu_and_mul(x), silu_and_mul_reference(x))
+    addend = random_addend(x) if adds else None
+    torch.testing.assert_close(silu_and_mul(x, addend), silu_and_mul_reference(x, addend))
 
 
+@adding_or_not
 @in_both_precisions
 @pytest.mark.parametrize("num_tokens", [1, 77, 8192])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(32, 8, 128), (28, 4, 128), (14, 2, 64), (5, 1, 96)]
 )
 def test_rope_and_store(
-    heads: int, kv_heads: int, head_dim: int, num_tokens: int, dtype: torch.dtype
+    heads: int, kv_heads: int, head_dim: int, num_tokens: int, dtype: torch.dtype, adds: bool
 ) -> None:
     page_size, num_positions = 16, 9000
     num_pages = num_tokens // page_size + 3
@@ -67,6 +74,7 @@ def test_rope_and_store(
     positions = torch.randint(num_positions, (num_tokens,), device="cuda")
     kv_slots = torch.randperm(num_pages * page_size, device="cuda")[:num_tokens]
     fused = torch.randn(num_tokens, heads + 2 * kv_heads, head_dim, device="cuda").to(dtype)
+    addend = random_addend(fused.flatten(1)) if adds else None
     results = []
     for op in (rope_and_store, rope_and_store_reference):
         own = fused.clone()
@@ -74,7 +82,7 @@ def test_rope_and_store(
             (num_pages, 2, 2, kv_heads, page_size, head_dim), torch.nan, dtype=dtype, device="cuda"
         )
         q, k, v = own.split((heads, kv_heads, kv_heads), dim=1)
-        op(q, k, v, cos_sin, positions, pool[:, 1], kv_slots)
+        op(q, k, v, cos_sin, positions, pool[:, 1], kv_slots, addend)
         results.append((q, v, pool))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True)

@@ -168,5 +168,7 @@ def run_ranks(size: int, run: Callable[[LockstepGroup], Any]) -> list[Any]:
 
 
 def add_delta(delta: LoRADelta, x: torch.Tensor, y: torch.Tensor, batch: LoRABatch) -> None:
-    """y += the delta of x, as a layer has it done around its product."""
-    delta.finish(x, delta.begin(x, batch), y, batch)
+    """y += the delta of x, as a layer and what reads it have it done around its product."""
+    addend = delta.finish(x, delta.begin(x, batch), y, batch)
+    if addend is not None:
+        y.copy_(addend.added_to(y))

@@ -198,8 +198,9 @@ def test_tokens_without_an_adapter_keep_their_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("site", range(len(SITES)))
-def test_on_a_gpu_as_on_a_cpu(tmp_path: Path, site: int) -> None:
+def test_on_a_gpu_as_on_a_cpu(tmp_path: Path, site: int, apart: bool) -> None:
     model = small_model()
     geometry = small_geometry(model, 1, "slora")
     batch = Batch(tmp_path, model, geometry)
@@ -212,7 +213,8 @@ def test_on_a_gpu_as_on_a_cpu(tmp_path: Path, site: int) -> None:
             pool = batch.pool(0, device)
             torch.cuda.synchronize()  # the copies
             y[device] = y[device].to(device)
-            delta = LoRADelta(pool, 0, site, group, "slora")
+            stream = torch.cuda.Stream() if apart and device == "cuda" else None
+            delta = LoRADelta(pool, 0, site, group, "slora", stream)
             add_delta(delta, x.to(device), y[device], batch.lora_batch())
 
     run_ranks(1, run)
@@ -221,6 +223,7 @@ def test_on_a_gpu_as_on_a_cpu(tmp_path: Path, site: int) -> None:
 
 def test_attached_to_every_site_of_a_model(tmp_path: Path) -> None:
     class Linear:
+        defers = True
         lora: LoRADelta | None = None
 
     class Model:

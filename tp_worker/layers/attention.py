@@ -9,7 +9,13 @@ from manylora.kernels.paged_attention import paged_decode_attention, paged_prefi
 from manylora.kernels.rope_and_store import rope_and_store
 from manylora.runtime.model_config import ModelConfig
 from manylora.tp_worker.distributed import TPGroup
-from manylora.tp_worker.layers.linear import ColumnParallelLinear, Part, RowParallelLinear, even_part
+from manylora.tp_worker.layers.linear import (
+    ColumnParallelLinear,
+    Part,
+    Product,
+    RowParallelLinear,
+    even_part,
+)
 from manylora.tp_worker.layers.norm import RMSNorm
 from manylora.tp_worker.layers.shard import Shards
 from manylora.tp_worker.step_inputs import StepInputs
@@ -31,7 +37,12 @@ class Attention:
             _kv_part("v_proj", config, group),
         )
         self.qkv_proj = ColumnParallelLinear(
-            config.hidden_size, parts, bias=config.qkv_bias, group=group, dtype=dtype
+            config.hidden_size,
+            parts,
+            bias=config.qkv_bias,
+            group=group,
+            dtype=dtype,
+            defers=not config.qk_norm,
         )
         self.o_proj = RowParallelLinear(
             "o_proj", q_size, config.hidden_size, bias=config.o_bias, group=group, dtype=dtype
@@ -41,13 +52,14 @@ class Attention:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=group.device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=group.device)
 
-    def __call__(self, x: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Product:
         """x (T, hidden) -> (T, hidden); kv_cache (pages, 2, kv_heads, page_size, head_dim) gains the step's K and V."""
-        qkv = self.qkv_proj(x, inputs.lora).view(len(x), -1, self.head_dim)
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        qkv, addend = self.qkv_proj(x, inputs.lora)
+        heads = qkv.view(len(x), -1, self.head_dim)
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        rope_and_store(q, k, v, self.cos_sin, inputs.positions, kv_cache, inputs.kv_slots)
+        rope_and_store(q, k, v, self.cos_sin, inputs.positions, kv_cache, inputs.kv_slots, addend)
         attended = self._attend(q, inputs, kv_cache)
         return self.o_proj(attended.view(len(x), -1), inputs.lora)
 

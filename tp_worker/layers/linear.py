@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from manylora.kernels.addend import Addend
 from manylora.kernels.linear import linear
 from manylora.lora.lora_batch import LoRABatch
 from manylora.tp_worker.distributed import TPGroup
@@ -25,21 +26,26 @@ class Delta(Protocol):
         """Start on x (T, in_local) what needs no base product, perhaps beside it. Returns what `finish` takes."""
         ...
 
-    def finish(self, x: Tensor, begun: Tensor | None, y: Tensor, batch: LoRABatch) -> None:
-        """y += the delta of x, in place. y (T, out_local): the base product of this rank, just launched."""
+    def finish(self, x: Tensor, begun: Tensor | None, y: Tensor, batch: LoRABatch) -> Addend | None:
+        """y += the delta of x, in place, or what is still to be added; the latter only to a layer that `defers`.
+
+        y (T, out_local): the base product of this rank, just launched.
+        """
         ...
+
+
+Product = tuple[Tensor, Addend | None]  # (T, out), and what its reader has to add
 
 
 def linear_with_delta(
     x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, batch: LoRABatch | None
-) -> Tensor:
+) -> Product:
     """x·weightᵀ + bias, plus the delta if the layer has one and the step any adapters."""
     if delta is None or batch is None:
-        return linear(x, weight, bias)
+        return linear(x, weight, bias), None
     begun = delta.begin(x, batch)
     y = linear(x, weight, bias)
-    delta.finish(x, begun, y, batch)
-    return y
+    return y, delta.finish(x, begun, y, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +67,27 @@ def even_part(name: str, full: int, group: TPGroup) -> Part:
 class ColumnParallelLinear:
     """Each rank has some output rows of every fused matrix; the input is whole, the output is this rank's.
 
-    weight (sum of part sizes, in_features), parts one after another.
+    weight (sum of part sizes, in_features), parts one after another. defers: whether what reads the output can add to it.
     """
 
     def __init__(
-        self, in_features: int, parts: Sequence[Part], *, bias: bool, group: TPGroup, dtype: torch.dtype
+        self,
+        in_features: int,
+        parts: Sequence[Part],
+        *,
+        bias: bool,
+        group: TPGroup,
+        dtype: torch.dtype,
+        defers: bool = True,
     ) -> None:
         out_local = sum(part.size for part in parts)
         self.parts = tuple(parts)
+        self.defers = defers
         self.weight = torch.empty((out_local, in_features), dtype=dtype, device=group.device)
         self.bias = torch.empty(out_local, dtype=dtype, device=group.device) if bias else None
         self.lora: Delta | None = None
 
-    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
+    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Product:
         """(T, in_features) -> (T, out_local)."""
         return linear_with_delta(x, self.weight, self.bias, self.lora, batch)
 
@@ -91,7 +105,8 @@ class ColumnParallelLinear:
 class RowParallelLinear:
     """Each rank has some input columns; the partial products are summed over the ranks. weight (out, in_local).
 
-    The delta goes into the partial product, so the layer's own reduction completes it; the bias is added after.
+    The delta of several ranks goes into the partial product, so the layer's own reduction completes it; the bias is added
+    after.
     """
 
     def __init__(
@@ -106,17 +121,18 @@ class RowParallelLinear:
     ) -> None:
         self.name = name
         self.group = group
+        self.defers = group.size == 1
         self.weight = torch.empty((out_features, in_features // group.size), dtype=dtype, device=group.device)
         self.bias = torch.empty(out_features, dtype=dtype, device=group.device) if bias else None
         self.lora: Delta | None = None
 
-    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
+    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Product:
         """(T, in_local) -> (T, out_features), the same on every rank."""
-        y = linear_with_delta(x, self.weight, None, self.lora, batch)
+        y, addend = linear_with_delta(x, self.weight, None, self.lora, batch)
         self.group.all_reduce(y)
         if self.bias is not None:
             y += self.bias
-        return y
+        return y, addend
 
     def shards(self, prefix: str) -> Shards:
         out_features, in_local = self.weight.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manylora.kernels.addend import Addend
 from manylora.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from manylora.tp_worker.layers.shard import Shard, Shards
 
@@ -19,9 +20,9 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Add x to the residual in place, and return the sum normalised."""
-        return fused_add_rms_norm(x, residual, self.weight, self.eps)
+    def add(self, x: Tensor, residual: Tensor, addend: Addend | None = None) -> Tensor:
+        """Add x, and what is still to be added to it, to the residual in place, and return the sum normalised."""
+        return fused_add_rms_norm(x, residual, self.weight, self.eps, addend)
 
     def shards(self, name: str) -> Shards:
         yield f"{name}.weight", Shard(self.weight, tuple(self.weight.shape))

@@ -13,7 +13,7 @@ from manylora.runtime.model_config import ModelConfig
 from manylora.tp_worker.distributed import TPGroup
 from manylora.tp_worker.layers.attention import Attention
 from manylora.tp_worker.layers.embedding import LMHead, VocabParallelEmbedding, VocabParallelWeight
-from manylora.tp_worker.layers.linear import ColumnParallelLinear, RowParallelLinear, even_part
+from manylora.tp_worker.layers.linear import ColumnParallelLinear, Product, RowParallelLinear, even_part
 from manylora.tp_worker.layers.norm import RMSNorm
 from manylora.tp_worker.layers.rotary import rotary_table
 from manylora.tp_worker.layers.shard import Shards
@@ -48,12 +48,12 @@ class Decoder:
         V are written to `inputs.kv_slots` of it.
         """
         residual = self.embed_tokens(inputs.token_ids)
-        x = self.layers[0].input_norm(residual)
+        x, addend = self.layers[0].input_norm(residual), None
         for index, layer in enumerate(self.layers):
             if index:
-                x = layer.input_norm.add(x, residual)
-            x = layer(x, residual, inputs, kv_cache[:, index])
-        return self.norm.add(x, residual)
+                x = layer.input_norm.add(x, residual, addend)
+            x, addend = layer(x, residual, inputs, kv_cache[:, index])
+        return self.norm.add(x, residual, addend)
 
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor, out: Tensor | None = None) -> Tensor:
@@ -94,10 +94,10 @@ class DecoderLayer:
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device)
         self.mlp = MLP(config, group=group, dtype=dtype)
 
-    def __call__(self, x: Tensor, residual: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Product:
         """x (T, hidden): the residual after `input_norm`. Returns what is still to be added to the residual."""
-        x = self.attention(x, inputs, kv_cache)
-        x = self.mlp_norm.add(x, residual)
+        x, addend = self.attention(x, inputs, kv_cache)
+        x = self.mlp_norm.add(x, residual, addend)
         return self.mlp(x, inputs.lora)
 
     def shards(self, prefix: str) -> Shards:
@@ -116,8 +116,8 @@ class MLP:
         self.gate_up_proj = ColumnParallelLinear(hidden, parts, bias=bias, group=group, dtype=dtype)
         self.down_proj = RowParallelLinear("down_proj", inter, hidden, bias=bias, group=group, dtype=dtype)
 
-    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x, batch)), batch)
+    def __call__(self, x: Tensor, batch: LoRABatch | None) -> Product:
+        return self.down_proj(silu_and_mul(*self.gate_up_proj(x, batch)), batch)
 
     def shards(self, prefix: str) -> Shards:
         yield from self.gate_up_proj.shards(prefix)

@@ -26,8 +26,13 @@ def check(
     wide_y = torch.randn(num_tokens, columns + 8, generator=generator).to(dtype)
     before, y = wide_y.clone(), wide_y[:, :columns]
     expected = site.expected(runs, x, y)
-    site.apply(site.work(runs, padding, room=padding), x, y, parts)
+    work = site.work(runs, padding, room=padding)
     rtol, atol = TOLERANCE[dtype]
+    if work.decode and parts == 1:
+        addend = site.addend(work, x)
+        assert addend.values.isnan().all(1).eq(work.has_adapter == 0).all()
+        torch.testing.assert_close(addend.added_to(y).to(dtype), expected, rtol=rtol, atol=atol)
+    site.apply(work, x, y, parts)
     torch.testing.assert_close(y, expected, rtol=rtol, atol=atol)
     assert torch.equal(wide_y[:, columns:], before[:, columns:])
     first = 0
@@ -112,7 +117,11 @@ def test_the_work_list(num_tokens: int) -> None:
     work = LoRAWork(torch.tensor(segments), torch.tensor(slices), 3, num_tokens, 16)
     work.tiles.fill_(-1)
     work.items.fill_(-1)
+    work.has_adapter.fill_(-1)
     list_work(work)
+    if work.decode:
+        held = {token for start, end, _, _ in segments for token in range(start, end)}
+        assert work.has_adapter.tolist() == [int(token in held) for token in range(num_tokens)]
     assert work.num_tiles.tolist() == [len(tiles)]
     assert len(tiles) <= work.max_tiles
     assert len(items) <= work.max_items

@@ -7,20 +7,23 @@ import torch
 
 from manylora.kernels.rope_and_store import rope_and_store_reference
 from manylora.kernels.rope_and_store_triton import rope_and_store
+from tests.kernels.addends import random_addend
 
 torch.set_num_threads(1)
 NUM_PAGES, PAGE_SIZE, NUM_POSITIONS = 9, 4, 30
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 16), (3, 3, 64), (6, 1, 24)])
-def test_rope_and_store(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_rope_and_store(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, adds: bool) -> None:
     num_tokens = 7
     angles = torch.rand(NUM_POSITIONS, head_dim // 2) * 6
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
     positions = torch.tensor([0, 29, 5, 5, 6, 7, 1])
     kv_slots = torch.randperm(NUM_PAGES * PAGE_SIZE)[:num_tokens]
     fused = torch.randn(num_tokens, heads + 2 * kv_heads, head_dim).to(dtype)
+    addend = random_addend(fused.flatten(1)) if adds else None
     # A page is larger than its KV, as where adapters need larger pages.
     pool = torch.full((NUM_PAGES, 2, 2 * kv_heads * PAGE_SIZE * head_dim + 5), torch.nan, dtype=dtype)
 
@@ -29,7 +32,7 @@ def test_rope_and_store(heads: int, kv_heads: int, head_dim: int, dtype: torch.d
         layer = cache[:, 1, : 2 * kv_heads * PAGE_SIZE * head_dim]
         layer = layer.unflatten(1, (2, kv_heads, PAGE_SIZE, head_dim))
         q, k, v = own.split((heads, kv_heads, kv_heads), dim=1)
-        op(q, k, v, cos_sin, positions, layer, kv_slots)
+        op(q, k, v, cos_sin, positions, layer, kv_slots, addend)
         return q, v, cache
 
     expected, found = run(rope_and_store_reference), run(rope_and_store)
