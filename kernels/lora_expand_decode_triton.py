@@ -25,7 +25,7 @@ from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_progra
 _MAX_MODULES = 3
 _AHEAD = 4  # blocks of a unit whose rows of B are asked for at its start
 # The best of whole steps on an H200 (docs/benchmarks.md): small blocks where tiles are few, so that more programs have some.
-_FEW, _SOME, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4), Launch(4, 256, 4, 3)
+_FEW, _SOME, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4), Launch(8, 128, 2, 3)
 _FEW_TILES, _SOME_TOKENS = 8, 64
 
 

@@ -36,8 +36,8 @@ class LoRADelta:
 
     In a decode step it runs beside the base product: where that is our own kernel, as dependent launches behind it. The
     library's product of some more rows is bound by arithmetic and leaves multiprocessors idle at its end: the delta uses
-    them, and the memory, from `side_stream`. Where a collective follows the shrink, neither is done: it would need a
-    communicator of its own. Without a side stream nothing is left to the reader.
+    them, and the memory, from `side_stream`, if there is one and the step a graph. Where a collective follows the shrink,
+    neither is done: it would need a communicator of its own.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LoRADelta:
 
         if linear_triton.is_faster(x):
             return Place.BEHIND
-        return Place.BEFORE if self._side_stream is None else Place.APART
+        return Place.APART if self._side_stream is not None and batch.captured else Place.BEFORE
 
     def _shrink(self, x: torch.Tensor, batch: LoRABatch, beside: bool = False) -> torch.Tensor:
         """x·Aᵀ in planes of (chunks, slices, T, plane columns)."""

@@ -35,12 +35,14 @@ class LoRABatch:
     slices: (num_slice_refs,) int32: rows of the slice table, in the order of the adapter's slices.
     max_slices: the most slices any segment has (≥ 1); a host integer.
     work: what the kernels go through instead; None where the reference ops run.
+    captured: for a graph, where a second stream costs nothing; launched one by one, its events take longer than they gain.
     """
 
     segments: torch.Tensor
     slices: torch.Tensor
     max_slices: int
     work: LoRAWork | None = None
+    captured: bool = False
 
     @classmethod
     def on_device(
@@ -51,6 +53,8 @@ class LoRABatch:
         num_tokens: int,
         geometry: PoolGeometry,
         lender: LoRABatch | None = None,
+        *,
+        captured: bool = False,
     ) -> LoRABatch:
         """A step of `num_tokens` tokens for the kernels. Call `prepare` before its first site.
 
@@ -60,7 +64,7 @@ class LoRABatch:
         columns = max(map(len, SITES)) * geometry.slice_width(SLICE_ROWS)
         lent = lender.work if lender is not None else None
         work = LoRAWork(segments, slices, max_slices, num_tokens, columns, lent)
-        return cls(segments, slices, max_slices, work)
+        return cls(segments, slices, max_slices, work, captured)
 
     def prepare(self) -> None:
         """Make the kernels' work list of what the tensors hold now: once a step, inside the graph if there is one."""

@@ -64,7 +64,9 @@ class DecodeGraph:
         if max_slices:
             segments, slices = self._inputs.segments, self._inputs.slices
             lent = lender._lora if lender is not None else None
-            self._lora = LoRABatch.on_device(segments, slices, max_slices, bucket, geometry, lent)
+            self._lora = LoRABatch.on_device(
+                segments, slices, max_slices, bucket, geometry, lent, captured=True
+            )
         self._logits: torch.Tensor | None = None
         if lender is not None and lender._result is not None:
             self._logits = lender._result.logits[:bucket]

@@ -213,9 +213,14 @@ def test_on_a_gpu_as_on_a_cpu(tmp_path: Path, site: int, apart: bool) -> None:
             pool = batch.pool(0, device)
             torch.cuda.synchronize()  # the copies
             y[device] = y[device].to(device)
-            stream = torch.cuda.Stream() if apart and device == "cuda" else None
+            stream = torch.cuda.Stream() if device == "cuda" else None
             delta = LoRADelta(pool, 0, site, group, "slora", stream)
-            add_delta(delta, x.to(device), y[device], batch.lora_batch())
+            step = batch.lora_batch()
+            if device == "cuda":
+                lists = (step.segments.to(device), step.slices.to(device))
+                step = LoRABatch.on_device(*lists, step.max_slices, NUM_TOKENS, geometry, captured=apart)
+                step.prepare()
+            add_delta(delta, x.to(device), y[device], step)
 
     run_ranks(1, run)
     torch.testing.assert_close(y["cuda"].cpu(), y["cpu"], rtol=1e-4, atol=1e-4)
