@@ -30,7 +30,7 @@ class DecodeInputs:
 
     @classmethod
     def empty(cls, bucket: int, max_slices: int, device: torch.device) -> DecodeInputs:
-        """To be filled before its first use."""
+        """To be filled before its first use. Zeros until then: valid as indices for a step that is only compiled."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)

@@ -73,9 +73,14 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._result: DecodeResult | None = None
 
+    def rehearse(self, forward: Forward, logits: Logits) -> None:
+        """Run the empty step once."""
+        self._fill_with_nothing()
+        self._step(forward, logits)
+
     def capture(self, forward: Forward, logits: Logits, memory: Any, stream: torch.cuda.Stream) -> None:
         """Run the empty step a few times, so that nothing is compiled or allocated late, then capture it."""
-        self._fill(torch.zeros(1, dtype=torch.int32, device=self._inputs.rows.device), _NOTHING)
+        self._fill_with_nothing()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -90,6 +95,9 @@ class DecodeGraph:
         self._fill(payload, bounds)
         self._graph.replay()
         return self._result
+
+    def _fill_with_nothing(self) -> None:
+        self._fill(torch.zeros(1, dtype=torch.int32, device=self._inputs.rows.device), _NOTHING)
 
     def _fill(self, payload: torch.Tensor, bounds: Bounds) -> None:
         state = self._state
@@ -155,17 +163,28 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
 
     @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Run the empty step of each once, by no graph, taking no index from what a kernel wrote."""
+        lender: DecodeGraph | None = None
+        for bucket, bound in self._wanted():
+            graph = DecodeGraph(bucket, bound, self._geometry, self._state, lender)
+            graph.rehearse(self._forward, self._logits)
+            lender = lender or graph
+
+    @torch.inference_mode()
     def capture(self, show_progress: bool) -> None:
         """Capture them, the largest first so that the others fit into its memory."""
         memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         lender: DecodeGraph | None = None
-        wanted = [(bucket, bound) for bucket in reversed(self._buckets) for bound in reversed(self._bounds)]
-        for bucket, bound in tqdm(wanted, "capturing graphs", disable=not show_progress):
+        for bucket, bound in tqdm(self._wanted(), "capturing graphs", disable=not show_progress):
             graph = DecodeGraph(bucket, bound, self._geometry, self._state, lender)
             graph.capture(self._forward, self._logits, memory, stream)
             lender = lender or graph
             self._graphs[bucket, bound] = graph
+
+    def _wanted(self) -> list[tuple[int, int]]:
+        return [(bucket, bound) for bucket in reversed(self._buckets) for bound in reversed(self._bounds)]
 
     def find(self, num_rows: int, max_slices: int) -> DecodeGraph | None:
         """The one for a step of decode rows; None if none is made for it."""

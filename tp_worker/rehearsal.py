@@ -6,7 +6,7 @@ any row has an adapter, how tokens are drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -32,13 +32,23 @@ class Rehearsal:
     lora: bool
 
     def plans(self) -> Iterator[ForwardBatch]:
+        yield from self._sizes()
+        for greedy in (True, False):
+            changes = {"penalties": True, "min_new": True, "biases": True, "num_top": 2}
+            yield self._plan(0, 0, False, masked=True, greedy=greedy, **changes)
+
+    def plans_to_compile(self) -> Iterator[ForwardBatch]:
+        """Steps with all the kernels of `plans`, that take no index from what a kernel wrote: a penalty or a logprob
+        does, of the token drawn.
+        """
+        yield from self._sizes()
+        yield self._plan(0, 0, False, greedy=False)
+
+    def _sizes(self) -> Iterator[ForwardBatch]:
         for lora in (False, True) if self.lora else (False,):
             for num_tokens, num_rows in product(_TOKENS, _ROWS):
                 if num_rows <= num_tokens <= self.max_tokens and num_rows <= self.max_rows:
                     yield self._plan(num_rows, num_tokens // num_rows, lora)
-        for greedy in (True, False):
-            changes = {"penalties": True, "min_new": True, "biases": True, "num_top": 2}
-            yield self._plan(0, 0, False, masked=True, greedy=greedy, **changes)
 
     def _plan(
         self, num_prompts: int, each: int, lora: bool, masked: bool = False, **drawing: Any
@@ -68,9 +78,9 @@ class Rehearsal:
         )
 
 
-def rehearse(runner: ModelRunner, rehearsal: Rehearsal) -> None:
+def rehearse(runner: ModelRunner, plans: Iterable[ForwardBatch]) -> None:
     """Run them all, and wait for the device."""
-    for plan in rehearsal.plans():
+    for plan in plans:
         runner.execute(plan)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -12,6 +12,7 @@ import gc
 import logging
 import sys
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ import zmq
 
 from manylora.lora.delta import attach_deltas
 from manylora.lora.host_arena import HostArena
-from manylora.lora.page_layout import pool_geometry
+from manylora.lora.page_layout import PoolGeometry, pool_geometry
 from manylora.lora.staging import StagingThread
 from manylora.lora.weight_pool import WeightPool
 from manylora.runtime.child import ChildContext, run_child
@@ -108,36 +109,50 @@ class Worker:
             attach_deltas(model, weights, self._group, config.lora.sharding)
             self._adapters = Adapters(weights, tp_rank)
         if device.type == "cuda":
-            max_tokens = min(config.schedule.chunked_prefill_size, context_length)
-            rehearse(
-                self._runner,
-                Rehearsal(
-                    state.dummy_slot,
-                    config.schedule.max_running_requests,
-                    max_tokens,
-                    vocab_size,
-                    config.lora.enable_lora,
-                ),
-            )
-        if device.type == "cuda" and config.schedule.cuda_graph_max_bs > 0:
-            graphs = DecodeGraphs(
-                self._runner.model_step,
-                model.logits,
-                state,
-                geometry,
-                max_rows=min(config.schedule.cuda_graph_max_bs, config.schedule.max_running_requests),
-                exchanges_planes=tp_size > 1 and config.lora.sharding == "slora",
-                lora=config.lora.enable_lora,
-            )
-            graphs.capture(show_progress=tp_rank == 0)
-            self._runner.use_graphs(graphs)
-        if device.type == "cuda":
-            from manylora.kernels.compilation import report_compilations
-
-            report_compilations(partial(logger.warning, "a step waited for a kernel to be compiled: %s"))
+            self._get_ready(config, geometry, model.logits, state, context_length)
         self.ready = WorkerReady(
             tp_rank, pool.num_pages, num_host_pages, num_slices, device.type, config.model.dtype
         )
+
+    def _get_ready(
+        self,
+        config: ServerConfig,
+        geometry: PoolGeometry,
+        logits: Callable[..., torch.Tensor],
+        state: SlotState,
+        context_length: int,
+    ) -> None:
+        """Compile every kernel, run every kind of step once and capture the decode graphs."""
+        from manylora.kernels.compilation import compiling_ahead, report_compilations
+
+        schedule, lora = config.schedule, config.lora
+        rehearsal = Rehearsal(
+            state.dummy_slot,
+            schedule.max_running_requests,
+            min(schedule.chunked_prefill_size, context_length),
+            state.counts.shape[1],
+            lora.enable_lora,
+        )
+        graphs: DecodeGraphs | None = None
+        if schedule.cuda_graph_max_bs > 0:
+            graphs = DecodeGraphs(
+                self._runner.model_step,
+                logits,
+                state,
+                geometry,
+                max_rows=min(schedule.cuda_graph_max_bs, schedule.max_running_requests),
+                exchanges_planes=config.parallel.tp_size > 1 and lora.sharding == "slora",
+                lora=lora.enable_lora,
+            )
+        with compiling_ahead():
+            rehearse(self._runner, rehearsal.plans_to_compile())
+            if graphs is not None:
+                graphs.rehearse()
+        rehearse(self._runner, rehearsal.plans())
+        if graphs is not None:
+            graphs.capture(show_progress=self._tp_rank == 0)
+            self._runner.use_graphs(graphs)
+        report_compilations(partial(logger.warning, "a step waited for a kernel to be compiled: %s"))
 
     def serve(
         self,

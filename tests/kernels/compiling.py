@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from manylora.kernels import dependent_launch
@@ -37,6 +41,45 @@ def compiled_for_hopper() -> Iterator[dict[str, Any]]:
 
     with patch.object(JITFunction, "run", run), patch.object(dependent_launch, "can_overlap", lambda _: True):
         yield compiled
+
+
+class PretendedHopper:
+    """What Triton asks of a GPU's driver, without a GPU: kernels are compiled as ever, their launches only counted.
+
+    Every one is another device, for which no kernel has been compiled yet in this process.
+    """
+
+    _devices = itertools.count(1000)
+
+    def __init__(self) -> None:
+        self._device = next(self._devices)
+        self.launched: list[str] = []
+        self.launchers: list[tuple[str, str]] = []  # kernel, and the thread that made its launcher
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (object(), 0, 0, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 227 << 10},
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: ASTSource, metadata: Any) -> Any:
+        self.launchers.append((metadata.name, threading.current_thread().name))
+        return lambda *_: self.launched.append(metadata.name)
+
+
+@contextmanager
+def pretended_hopper() -> Iterator[PretendedHopper]:
+    """Triton itself runs as if this machine had one."""
+    pretended: Any = PretendedHopper()
+    with patch.object(driver, "_active", pretended):
+        yield pretended
 
 
 def _source(kernel: JITFunction[Any], arguments: dict[str, Any], constants: dict[str, Any]) -> ASTSource:

@@ -20,7 +20,8 @@ def test_a_sequence_goes_on_as_if_nothing_had_been(tiny_models: TinyModels) -> N
     runner, driver = build_runner(model_dir), Driver(VOCAB_SIZE)
     driver.take_slot(2, SamplingParams(temperature=0.0), PROMPT)
     drawn = [run(runner, driver.plan([(2, 0, PROMPT)]))]
-    rehearse(runner, Rehearsal(NUM_SLOTS, NUM_SLOTS, MAX_PAGES * PAGE_SIZE, VOCAB_SIZE, lora=False))
+    rehearsal = Rehearsal(NUM_SLOTS, NUM_SLOTS, MAX_PAGES * PAGE_SIZE, VOCAB_SIZE, lora=False)
+    rehearse(runner, rehearsal.plans())
     drawn += [run(runner, driver.decode({2: len(PROMPT) + step})) for step in range(4)]
     expected = Reference(model_dir).generate(None, PROMPT, 5).tokens
     assert [unpack_i32(output.tokens)[0] for output in drawn] == expected
