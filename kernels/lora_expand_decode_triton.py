@@ -113,7 +113,7 @@ def _default_launch(work: LoRAWork) -> Launch:
     do_not_specialize=[
         "part_stride", "chunk_stride", "plane_stride", "blocks_0", "blocks_1", "blocks_2"
     ],
-    do_not_specialize_on_alignment=["slices"],
+    do_not_specialize_on_alignment=["offsets", "widths", "scalings", "slices"],
 )  # fmt: skip
 def _lora_expand_decode(
     planes,

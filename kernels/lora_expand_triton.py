@@ -95,7 +95,7 @@ def lora_expand(
 
 @triton.jit(
     do_not_specialize=["part_stride", "chunk_stride", "plane_stride", "blocks_0", "blocks_1", "blocks_2"],
-    do_not_specialize_on_alignment=["slices"],
+    do_not_specialize_on_alignment=["offsets", "widths", "scalings", "slices"],
 )
 def _lora_expand(
     planes,

@@ -105,7 +105,10 @@ def _block_of(columns: int) -> int:
     return max(16, 1 << (columns - 1).bit_length())
 
 
-@triton.jit(do_not_specialize=["num_units", "num_tokens", "chunk_stride", "plane_stride"])
+@triton.jit(
+    do_not_specialize=["num_units", "num_tokens", "chunk_stride", "plane_stride"],
+    do_not_specialize_on_alignment=["offsets", "widths"],  # sites lie at any place of a table
+)
 def _lora_shrink(
     x,
     x_stride,
