@@ -13,6 +13,7 @@ from manylora.lora.page_layout import NUM_MODULES, PoolGeometry, adapter_layout
 from manylora.runtime.config import ServerConfig
 from manylora.runtime.errors import OutOfMemoryError
 from manylora.runtime.model_config import ModelConfig
+from manylora.tp_worker.piecewise_graph import LARGEST_BUCKET
 
 GIB = 1 << 30
 CPU_POOL_BYTES = GIB  # of all ranks together; touched only as pages are used
@@ -94,7 +95,7 @@ def _cpu_pages(config: ServerConfig, geometry: PoolGeometry) -> int:
 
 
 def workspace_bytes(config: ServerConfig, model: ModelConfig, itemsize: int) -> int:
-    """A generous estimate of what steps need on a rank beside weights and pages, the decode graphs' logits included."""
+    """A generous estimate of what steps need on a rank beside weights and pages, the graphs' memory included."""
     tp_size = config.parallel.tp_size
     # Residual, normed input, output and their fp32 shadows; fused gate_up, its activation, fused qkv.
     per_token = (
@@ -103,8 +104,9 @@ def workspace_bytes(config: ServerConfig, model: ModelConfig, itemsize: int) -> 
     # fp32 logits with their gathered copy, sorted copies and fixed-point masses.
     per_sample = 40 * model.vocab_size
     graph_rows = min(config.schedule.cuda_graph_max_bs, config.schedule.max_running_requests)
+    piece_tokens = LARGEST_BUCKET if graph_rows else 0
     return (
-        config.schedule.chunked_prefill_size * per_token
+        (config.schedule.chunked_prefill_size + piece_tokens) * per_token
         + config.schedule.max_running_requests * per_sample
         + graph_rows * itemsize * model.vocab_size
     )

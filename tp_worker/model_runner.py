@@ -16,6 +16,7 @@ from manylora.runtime.plan import ForwardBatch, ForwardOutput, section_bounds
 from manylora.tp_worker.decode_graph import DecodeGraph, DecodeGraphs
 from manylora.tp_worker.logprobs import Logprobs, join_logprobs, raw_logprobs, select_logprobs
 from manylora.tp_worker.memory_pool import PagePool
+from manylora.tp_worker.piecewise_graph import PiecewiseGraphs
 from manylora.tp_worker.sampler import Masks, draw_tokens, only_greedy
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.step_inputs import StepInputs
@@ -70,12 +71,14 @@ class ModelRunner:
         self._state = state
         state.page_table[state.dummy_slot] = pool.dummy_page
         self._page_size = pool.geometry.page_size
+        self.dummy_kv_slot = pool.dummy_page * self._page_size  # of KV that nobody reads
         self._prompt_chunk = max(1, PROMPT_LOGITS_BYTES // (4 * vocab_size))
         self._answers = tp_rank == 0
         device = pool.elements.device
         self._upload = Upload(device)
         self._download = Download(device)
         self._graphs: DecodeGraphs | None = None
+        self._pieces: PiecewiseGraphs | None = None
 
     @torch.inference_mode()
     def execute(self, plan: ForwardBatch) -> PendingOutput | None:
@@ -92,9 +95,9 @@ class ModelRunner:
         columns.setdefault("tokens", payload.new_empty(0))
         return PendingOutput(plan.step, self._download(columns))
 
-    def use_graphs(self, graphs: DecodeGraphs) -> None:
-        """Run decode steps by these graphs from now on, where they have one."""
-        self._graphs = graphs
+    def use_graphs(self, graphs: DecodeGraphs | None = None, pieces: PiecewiseGraphs | None = None) -> None:
+        """Run decode steps by these graphs from now on, and others by these pieces, where they have some."""
+        self._graphs, self._pieces = graphs, pieces
 
     def model_step(self, inputs: StepInputs) -> torch.Tensor:
         """The forward over this runner's cache: what a graph captures."""
@@ -126,9 +129,13 @@ class ModelRunner:
     def _forward(
         self, plan: ForwardBatch, sections: dict[str, torch.Tensor], masks: Masks | None
     ) -> dict[str, torch.Tensor]:
-        """A step of any rows, operation by operation."""
-        inputs = self._step_inputs(plan, sections, self._lora_batch(plan, sections))
-        hidden = self.model_step(inputs)
+        """A step of any rows, operation by operation, or by pieces of a graph."""
+        pieces = self._pieces.find(plan.num_tokens, plan.max_slices) if self._pieces else None
+        if pieces is None:
+            hidden = self.model_step(self._step_inputs(plan, sections, self._lora_batch(plan, sections)))
+        else:
+            inputs = self._step_inputs(plan, sections, None)
+            hidden = pieces.run(inputs, sections["segments"], sections["slices"].squeeze(1))
         columns: dict[str, torch.Tensor] = {}
         if plan.count("samples"):
             _, _, num_new, offsets = sections["rows"][sections["samples"][:, 0]].unbind(1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from manylora.lora.lora_batch import LoRABatch
 
@@ -26,3 +28,5 @@ class StepInputs:
     slots: torch.Tensor  # (R,) int64: the rows' slots
     kv_lens: torch.Tensor  # (R,) int64: tokens the row attends to at its end (start + num_new)
     lora: LoRABatch | None
+    # (q (T, heads, head_dim), a layer's cache, scale) -> what q attends to: where a layer shall not do it by itself.
+    attend: Callable[[Tensor, Tensor, float], Tensor] | None = None

@@ -21,7 +21,6 @@ import zmq
 from manylora.lora.delta import attach_deltas
 from manylora.lora.host_arena import HostArena
 from manylora.lora.page_layout import PoolGeometry, pool_geometry
-from manylora.lora.staging import StagingThread
 from manylora.lora.weight_pool import WeightPool
 from manylora.runtime.child import ChildContext, run_child
 from manylora.runtime.config import ServerConfig
@@ -34,26 +33,22 @@ from manylora.runtime.errors import (
 )
 from manylora.runtime.ipc import Pipe
 from manylora.runtime.messages import (
-    AdapterCopied,
-    AdapterStaged,
     ChildToSupervisor,
-    CopyAdapter,
-    DropAdapter,
     SchedulerToWorker,
     Shutdown,
-    StageAdapter,
     SupervisorToChild,
     WorkerFailed,
     WorkerReady,
     WorkerToScheduler,
-    unpack_i32,
 )
 from manylora.runtime.model_config import load_model_config
 from manylora.runtime.plan import ForwardBatch
+from manylora.tp_worker.adapters import AdapterCommand, Adapters
 from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.distributed import init_tp_group
 from manylora.tp_worker.memory_pool import PagePool, num_host_pages_that_fit, num_pages_that_fit
 from manylora.tp_worker.model_runner import ModelRunner, PendingOutput
+from manylora.tp_worker.piecewise_graph import PiecewiseGraphs
 from manylora.tp_worker.rehearsal import Rehearsal, rehearse
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.weight_loader import load_model
@@ -62,8 +57,6 @@ logger = logging.getLogger("manylora.worker")
 
 NUM_SLICES = 4096  # rows of the slice table: adapters of rank 16 · 4096 in all may be resident
 _IDLE_MS = 1000  # without work for this long, collect garbage
-
-AdapterCommand = StageAdapter | CopyAdapter | DropAdapter
 
 
 class Worker:
@@ -133,26 +126,51 @@ class Worker:
             state.counts.shape[1],
             lora.enable_lora,
         )
-        graphs: DecodeGraphs | None = None
-        if schedule.cuda_graph_max_bs > 0:
-            graphs = DecodeGraphs(
-                self._runner.model_step,
-                logits,
-                state,
-                geometry,
-                max_rows=min(schedule.cuda_graph_max_bs, schedule.max_running_requests),
-                exchanges_planes=config.parallel.tp_size > 1 and lora.sharding == "slora",
-                lora=lora.enable_lora,
-            )
+        decode, pieces = self._make_graphs(config, geometry, logits, state, rehearsal.max_tokens)
+        graphs = [each for each in (decode, pieces) if each is not None]
         with compiling_ahead():
             rehearse(self._runner, rehearsal.plans_to_compile())
-            if graphs is not None:
-                graphs.rehearse()
+            for each in graphs:
+                each.rehearse()
         rehearse(self._runner, rehearsal.plans())
-        if graphs is not None:
-            graphs.capture(show_progress=self._tp_rank == 0)
-            self._runner.use_graphs(graphs)
+        for each in graphs:
+            each.capture(show_progress=self._tp_rank == 0)
+        self._runner.use_graphs(decode, pieces)
         report_compilations(partial(logger.warning, "a step waited for a kernel to be compiled: %s"))
+
+    def _make_graphs(
+        self,
+        config: ServerConfig,
+        geometry: PoolGeometry,
+        logits: Callable[..., torch.Tensor],
+        state: SlotState,
+        max_tokens: int,
+    ) -> tuple[DecodeGraphs | None, PiecewiseGraphs | None]:
+        """What is to be captured. Steps with prompts are launched one by one where there are other ranks."""
+        schedule, lora, tp_size = config.schedule, config.lora, config.parallel.tp_size
+        if not schedule.cuda_graph_max_bs:
+            return None, None
+        forward = self._runner.model_step
+        decode = DecodeGraphs(
+            forward,
+            logits,
+            state,
+            geometry,
+            max_rows=min(schedule.cuda_graph_max_bs, schedule.max_running_requests),
+            exchanges_planes=tp_size > 1 and lora.sharding == "slora",
+            lora=lora.enable_lora,
+        )
+        if tp_size > 1:
+            return decode, None
+        pieces = PiecewiseGraphs(
+            forward,
+            state,
+            geometry,
+            max_tokens=max_tokens,
+            dummy_kv_slot=self._runner.dummy_kv_slot,
+            lora=lora.enable_lora,
+        )
+        return decode, pieces
 
     def serve(
         self,
@@ -209,37 +227,6 @@ class Worker:
         if self._adapters:
             for answer in self._adapters.answers():
                 scheduler.send(answer)
-
-
-class Adapters:
-    """Adapter commands of one rank: staged beside the loop, copied in it."""
-
-    def __init__(self, weights: WeightPool, tp_rank: int) -> None:
-        self._weights = weights
-        self._tp_rank = tp_rank
-        self._staging = StagingThread(weights, tp_rank)
-
-    def fileno(self) -> int:
-        """Readable when a staging has ended."""
-        return self._staging.fileno()
-
-    @property
-    def copying(self) -> bool:
-        return self._weights.copying
-
-    def execute(self, command: AdapterCommand) -> None:
-        if isinstance(command, CopyAdapter):
-            self._weights.copy(command.version, unpack_i32(command.pages), unpack_i32(command.slices))
-        else:
-            self._staging.submit(command)
-
-    def answers(self) -> list[AdapterCopied | AdapterStaged]:
-        """What is complete since the last call."""
-        copied = [AdapterCopied(self._tp_rank, version) for version in self._weights.done()]
-        return [*copied, *self._staging.drain()]
-
-    def close(self) -> None:
-        self._staging.close()
 
 
 def set_up_torch(config: ServerConfig, tp_rank: int) -> torch.device:

@@ -24,6 +24,7 @@ from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.distributed import init_tp_group
 from manylora.tp_worker.memory_pool import PagePool
 from manylora.tp_worker.model_runner import ModelRunner
+from manylora.tp_worker.piecewise_graph import PiecewiseGraphs
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.weight_loader import load_model
 
@@ -58,7 +59,7 @@ def build_runner(model_dir: Path, device: str = "cpu") -> ModelRunner:
 
 
 def with_graphs(runner: ModelRunner) -> ModelRunner:
-    """The runner, which decodes by graphs from now on."""
+    """The runner, which runs its steps by graphs and their pieces from now on."""
     graphs = DecodeGraphs(
         runner.model_step,
         runner._model.logits,
@@ -68,8 +69,17 @@ def with_graphs(runner: ModelRunner) -> ModelRunner:
         exchanges_planes=False,
         lora=False,
     )
+    pieces = PiecewiseGraphs(
+        runner.model_step,
+        runner._state,
+        runner._pool.geometry,
+        max_tokens=MAX_PAGES * PAGE_SIZE,
+        dummy_kv_slot=runner.dummy_kv_slot,
+        lora=False,
+    )
     graphs.capture(show_progress=False)
-    runner.use_graphs(graphs)
+    pieces.capture(show_progress=False)
+    runner.use_graphs(graphs, pieces)
     return runner
 
 

@@ -14,6 +14,7 @@ from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.layers import attention, embedding, linear, norm
 from manylora.tp_worker.model_runner import ModelRunner
 from manylora.tp_worker.models import decoder
+from manylora.tp_worker.piecewise_graph import PiecewiseGraphs
 from manylora.tp_worker.rehearsal import Rehearsal, rehearse
 from tests.tiny_models import VOCAB_SIZE, TinyModels
 from tests.tp_worker.plan_driver import MAX_PAGES, NUM_SLOTS, PAGE_SIZE, build_runner
@@ -89,6 +90,15 @@ def test_the_steps_of_graphs_take_none_either(runner: ModelRunner) -> None:
         lora=False,
     )
     graphs.rehearse()
+    pieces = PiecewiseGraphs(
+        runner.model_step,
+        runner._state,
+        runner._pool.geometry,
+        max_tokens=MAX_PAGES * PAGE_SIZE,
+        dummy_kv_slot=runner.dummy_kv_slot,
+        lora=False,
+    )
+    pieces.rehearse()
 
 
 def test_they_have_every_size_and_both_ways_of_drawing() -> None:

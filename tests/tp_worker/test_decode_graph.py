@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from manylora.kernels.decode_inputs import Bounds
 from manylora.runtime.messages import unpack_i32
 from manylora.runtime.sampling_params import SamplingParams
-from manylora.tp_worker.decode_graph import DecodeGraph, DecodeResult
+from manylora.tp_worker.decode_graph import DecodeResult
 from manylora.tp_worker.model_runner import ModelRunner
 from tests.reference import Reference
 from tests.tiny_models import VOCAB_SIZE, TinyModels
+from tests.tp_worker.fake_graphs import run_again_instead
 from tests.tp_worker.plan_driver import Driver, build_runner, run, with_graphs
 
 PROMPT = [0, 17, 43, 99, 250, 17, 8, 301, 64, 17, 120]
@@ -30,22 +28,7 @@ def model_dir(tiny_models: TinyModels) -> Path:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> tuple[ModelRunner, list[DecodeResult]]:
     """A runner with graphs, and what their replays have left."""
-    results: list[DecodeResult] = []
-
-    def capture(self: Any, forward: Any, logits: Any, memory: object, stream: object) -> None:
-        self._step_again = lambda: self._step(forward, logits)
-        self._result = self._step_again()
-
-    def replay(self: Any, payload: torch.Tensor, bounds: Bounds) -> DecodeResult:
-        self._fill(payload, bounds)
-        results.append(self._step_again())
-        return results[-1]
-
-    monkeypatch.setattr(DecodeGraph, "capture", capture)
-    monkeypatch.setattr(DecodeGraph, "replay", replay)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    results = run_again_instead(monkeypatch).results
     return with_graphs(build_runner(model_dir)), results
 
 

@@ -13,6 +13,7 @@ from manylora.runtime.config import CacheArgs, LoRAArgs, ModelArgs, ParallelArgs
 from manylora.runtime.errors import OutOfMemoryError
 from manylora.tp_worker import memory_pool
 from manylora.tp_worker.memory_pool import GIB, PagePool, num_host_pages_that_fit, num_pages_that_fit
+from manylora.tp_worker.piecewise_graph import LARGEST_BUCKET
 from tests.lora.adapters import small_model
 
 MODEL = msgspec.structs.replace(
@@ -113,13 +114,17 @@ def test_a_gpu_pool_leaves_room_for_a_step_whatever_the_fraction(monkeypatch: py
     ("max_bs", "lora", "tp_size", "itemsize"),
     [(0, True, 1, 4), (1, False, 1, 4), (6, True, 1, 2), (6, True, 2, 4)],
 )
-def test_the_logits_that_graphs_share_have_room(max_bs: int, lora: bool, tp_size: int, itemsize: int) -> None:
+def test_what_graphs_share_has_room(max_bs: int, lora: bool, tp_size: int, itemsize: int) -> None:
     config = _with(
         schedule=ScheduleArgs(cuda_graph_max_bs=max_bs),
         lora=LoRAArgs(enable_lora=lora),
         parallel=ParallelArgs(tp_size=tp_size),
     )
-    without = _with(schedule=ScheduleArgs(cuda_graph_max_bs=0), parallel=ParallelArgs(tp_size=tp_size))
+    tokens = config.schedule.chunked_prefill_size + (LARGEST_BUCKET if max_bs else 0)
+    without = _with(
+        schedule=ScheduleArgs(cuda_graph_max_bs=0, chunked_prefill_size=tokens),
+        parallel=ParallelArgs(tp_size=tp_size),
+    )
     room, bare = (memory_pool.workspace_bytes(each, MODEL, itemsize) for each in (config, without))
     assert room - bare == max_bs * MODEL.vocab_size * itemsize
 

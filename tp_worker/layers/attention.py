@@ -64,28 +64,10 @@ class Attention:
         return self.o_proj(attended.view(len(x), -1), inputs.lora)
 
     def _attend(self, q: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Tensor:
+        if inputs.attend is not None:
+            return inputs.attend(q, kv_cache, self.scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        rows, tokens = inputs.num_prefill_rows, inputs.num_prefill_tokens
-        if tokens:
-            paged_prefill_attention(
-                q[:tokens],
-                kv_cache,
-                inputs.page_table,
-                inputs.rows[:rows],
-                self.scale,
-                out[:tokens],
-            )
-        if len(q) > tokens:
-            paged_decode_attention(
-                q[tokens:],
-                kv_cache,
-                inputs.page_table,
-                inputs.slots[rows:],
-                inputs.kv_lens[rows:],
-                inputs.max_kv_len,
-                self.scale,
-                out[tokens:],
-            )
+        attend(q, inputs, kv_cache, self.scale, out)
         return out
 
     def shards(self, prefix: str) -> Shards:
@@ -101,3 +83,19 @@ def _kv_part(name: str, config: ModelConfig, group: TPGroup) -> Part:
     first_head = group.rank * config.num_kv_heads // group.size
     size = config.kv_heads_per_rank(group.size) * config.head_dim
     return Part(name, config.num_kv_heads * config.head_dim, first_head * config.head_dim, size)
+
+
+def attend(q: Tensor, inputs: StepInputs, kv_cache: Tensor, scale: float, out: Tensor) -> None:
+    """Attend with every row's queries to what the cache holds of it, its own tokens included.
+
+    q, out (T, heads, head_dim); kv_cache (pages, 2, kv_heads, page_size, head_dim); scale multiplies q·k.
+    """
+    rows, tokens = inputs.num_prefill_rows, inputs.num_prefill_tokens
+    table = inputs.page_table
+    if tokens:
+        paged_prefill_attention(q[:tokens], kv_cache, table, inputs.rows[:rows], scale, out[:tokens])
+    if len(q) > tokens:
+        slots, kv_lens = inputs.slots[rows:], inputs.kv_lens[rows:]
+        paged_decode_attention(
+            q[tokens:], kv_cache, table, slots, kv_lens, inputs.max_kv_len, scale, out[tokens:]
+        )
