@@ -24,7 +24,7 @@ from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_progra
 
 _MAX_MODULES = 3
 _AHEAD = 4  # blocks of a unit whose rows of B are asked for at its start
-# The best of whole steps on an H200 (docs/benchmarks.md): small blocks where tiles are few, so that more programs have some.
+# The best of whole steps on an H200 (docs/benchmarks.md): for few tiles, for few tokens, and for more of both.
 _FEW, _SOME, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4), Launch(8, 128, 2, 3)
 _FEW_TILES, _SOME_TOKENS = 8, 64
 
@@ -46,7 +46,7 @@ def lora_expand_decode(
     parts, chunks, _, _, columns = planes.shape
     modules = len(out_sizes)
     plane_width = columns // modules
-    launch = launch or _default_launch(work)
+    launch = launch or default_launch(work)
     blocks = [-(-size // launch.block) for size in out_sizes] + [0] * (_MAX_MODULES - modules)
     sizes = [*out_sizes] + [0] * (_MAX_MODULES - modules)
     grid = min(work.max_tiles * sum(blocks), num_programs(y.device, launch.programs))
@@ -103,7 +103,8 @@ def lora_expand_decode(
     )
 
 
-def _default_launch(work: LoRAWork) -> Launch:
+def default_launch(work: LoRAWork) -> Launch:
+    """What is launched where nobody says how."""
     if work.max_tiles <= _FEW_TILES:
         return _FEW
     return _SOME if work.num_tokens <= _SOME_TOKENS else _MANY

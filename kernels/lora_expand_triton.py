@@ -40,6 +40,8 @@ def lora_expand(
         tables = (offsets, widths, scalings)
         lora_expand_decode(planes, pages, *tables, work, y, out_sizes, launch, beside, adds)
         return
+    if not adds:
+        raise ValueError("only the expand of decode steps can do without adding to y")
     parts, chunks, _, _, columns = planes.shape
     modules = len(out_sizes)
     plane_width = columns // modules

@@ -1,4 +1,4 @@
-"""What the kernels of `lora_expand` share: reading planes and B pieces, and adding to y."""
+"""What the kernels of `lora_expand` share: reading planes and B pieces, and writing y."""
 
 from __future__ import annotations
 

@@ -34,10 +34,11 @@ class Place(Enum):
 class LoRADelta:
     """The delta of one (layer, site) on one rank. `site` indexes `SITES`.
 
-    In a decode step it runs beside the base product: where that is our own kernel, as dependent launches behind it. The
-    library's product of some more rows is bound by arithmetic and leaves multiprocessors idle at its end: the delta uses
-    them, and the memory, from `side_stream`, if there is one and the step a graph. Where a collective follows the shrink,
-    neither is done: it would need a communicator of its own.
+    With few tokens it runs beside the base product: where that is our own kernel, as dependent launches behind it. The
+    library's product, of more rows, is bound by arithmetic and leaves multiprocessors idle at its end: in a captured step of
+    up to `lora_work.DECODE_TOKENS` tokens the delta uses them, and the memory, from `side_stream`, which only layers have
+    whose reader can add. Where a collective follows the shrink, neither is done: beside the product it would need a
+    communicator of its own.
     """
 
     def __init__(

@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterAdmin:
-    """`live_sequences` and `end_sequences`: see AdapterTable. `asked`: the names that calls will use which are not accepted
-    yet."""
+    """`live_sequences` and `end_sequences`: see AdapterTable."""
 
     def __init__(
         self,
@@ -41,7 +40,6 @@ class AdapterAdmin:
         times: Times,
         live_sequences: Callable[[], Iterable[Sequence]],
         end_sequences: Callable[[list[Sequence], ErrorInfo], None],
-        asked: Callable[[], set[str]],
     ) -> None:
         self._enabled = args.enable_lora or bool(args.lora_paths)
         self._max_pinned = args.max_loras_per_batch - 1
@@ -50,11 +48,24 @@ class AdapterAdmin:
         self._times = times
         self._live_sequences = live_sequences
         self._end_sequences = end_sequences
-        self._asked = asked
 
     def check_requested(self, names: set[str]) -> None:
         """Raise unless every name stands for a version now."""
         check_requested(names, self._table.names, enabled=self._enabled)
+
+    def keep(self, names: set[str]) -> list[AdapterRecord]:
+        """Let the time of these not run out, as far as they are there: a call will use them. Returns what `let_go` takes."""
+        records = [version.record for name in names if (version := self._table.names.get(name)) is not None]
+        for record in records:
+            record.awaited += 1
+        return records
+
+    def let_go(self, records: list[AdapterRecord]) -> None:
+        """The call waits no longer."""
+        for record in records:
+            record.awaited -= 1
+            record.idle_since = self._times.now()
+            self._table.unloads.watch(record)
 
     # ---- calls --------------------------------------------------------------------------------------------------
 
@@ -102,10 +113,8 @@ class AdapterAdmin:
             return False
         for record in table.unloads.take_overdue(now):
             self._end_users(record)
-        # A name that is being replaced stays; the end of the load sets its time anew. So does one that a call waits to use;
-        # whoever no longer asks for it looks again.
-        kept = table.loads.keys() | self._asked()
-        idle = table.unloads.look(now, [v for name, v in table.names.items() if name not in kept])
+        # A name that is being replaced stays; the end of the load sets its time anew.
+        idle = table.unloads.look(now, [v for name, v in table.names.items() if name not in table.loads])
         for version in idle:
             if version.named:  # unloading one looks at the time again, and may have taken this one with it
                 logger.info(
@@ -113,10 +122,6 @@ class AdapterAdmin:
                 )
                 self._unload(Unload(None, version, math.inf))
         return True
-
-    def look_again(self) -> None:
-        """What is asked for has changed."""
-        self._table.unloads.due = min(self._table.unloads.due, self._times.now())
 
     # ---- what is done -------------------------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ been the machine.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from manylora.runtime.errors import BadGrammarError, ErrorInfo, QueueFullError
 from manylora.runtime.messages import Submit
+from manylora.scheduler.adapter_record import AdapterRecord
 from manylora.scheduler.grammar import Compiled, CompileJob, Grammar, GrammarSource, source_of
 from manylora.scheduler.outbox import Outbox
 
@@ -23,13 +24,14 @@ Grammars = dict[GrammarSource, Grammar]
 
 @dataclass(slots=True)
 class ParkedCall:
-    """`grammars`: those compiled so far of `wanted`; `aborted`: handles that nobody waits for any more; `arrived_at`: by the
-    scheduler's clock."""
+    """`grammars`: those compiled so far of `wanted`; `kept`: of the adapters it will use; `aborted`: handles that nobody waits for
+    any more; `arrived_at`: by the scheduler's clock."""
 
     call: Submit
     arrived_at: float
     wanted: set[GrammarSource]
     grammars: Grammars
+    kept: list[AdapterRecord] = field(default_factory=list[AdapterRecord])
     error: ErrorInfo | None = None
     aborted: set[int] = field(default_factory=set[int])
 
@@ -51,8 +53,19 @@ class ParkedCall:
 
 
 class GrammarDesk:
-    def __init__(self, outbox: Outbox, max_queued: int, clock: Callable[[], float]) -> None:
+    """`keep` and `let_go` are told of the adapters that parked calls will use, see AdapterAdmin."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        max_queued: int,
+        clock: Callable[[], float],
+        *,
+        keep: Callable[[set[str]], list[AdapterRecord]],
+        let_go: Callable[[list[AdapterRecord]], None],
+    ) -> None:
         self._outbox = outbox
+        self._keep, self._let_go = keep, let_go
         self._max_queued = max_queued
         self._clock = clock
         self._remembered: OrderedDict[GrammarSource, Compiled] = OrderedDict()
@@ -63,11 +76,10 @@ class GrammarDesk:
     def busy(self) -> bool:
         return bool(self._parked)
 
-    def adapters_asked(self) -> set[str]:
-        """What parked calls will use."""
-        return {
-            r.lora_name for parked in self._parked for r in parked.call.requests if r.lora_name is not None
-        }
+    def kept(self) -> Iterator[AdapterRecord]:
+        """What parked calls keep, each as often as one does."""
+        for parked in self._parked:
+            yield from parked.kept
 
     def take(self, call: Submit) -> ParkedCall | None:
         """The call with its grammars if all are known (or one is known to be bad); else it is parked until they are.
@@ -93,6 +105,7 @@ class GrammarDesk:
             raise QueueFullError(
                 f"{len(self._compiling)} grammars wait to be compiled; {len(missing)} more exceed the limit of {MAX_COMPILING}."
             )
+        parked.kept = self._keep({r.lora_name for r in call.requests if r.lora_name is not None})
         self._parked.append(parked)
         self._compiling |= missing
         self._outbox.to_grammars += [CompileJob(source) for source in sorted(missing)]
@@ -109,9 +122,7 @@ class GrammarDesk:
         for parked in self._parked:
             if compiled.source in parked.wanted:
                 parked.add(compiled)
-        ready = [parked for parked in self._parked if parked.ready]
-        self._parked = [parked for parked in self._parked if not parked.ready]
-        return ready
+        return self._unpark(lambda parked: parked.ready)
 
     def abort(self, handle: int) -> None:
         """Nobody waits for this sequence any more, if it is one of a parked call. A call of which nobody waits for any is
@@ -120,4 +131,12 @@ class GrammarDesk:
         for parked in self._parked:
             if any(r.handle <= handle < r.handle + r.params.n for r in parked.call.requests):
                 parked.aborted.add(handle)
-        self._parked = [parked for parked in self._parked if len(parked.aborted) < parked.num_sequences]
+        self._unpark(lambda parked: len(parked.aborted) == parked.num_sequences)
+
+    def _unpark(self, over: Callable[[ParkedCall], bool]) -> list[ParkedCall]:
+        """Take out, and return, the calls whose wait is over."""
+        gone = [parked for parked in self._parked if over(parked)]
+        self._parked = [parked for parked in self._parked if not over(parked)]
+        for parked in gone:
+            self._let_go(parked.kept)
+        return gone

@@ -7,6 +7,7 @@ from collections import Counter
 from manylora.runtime.messages import NO_VERSION, State
 from manylora.scheduler.adapter_record import AdapterRecord
 from manylora.scheduler.adapter_table import AdapterTable
+from manylora.scheduler.grammar_desk import GrammarDesk
 from manylora.scheduler.host_tier import HostTier
 from manylora.scheduler.id_pool import StepClock
 from manylora.scheduler.memory import Memory
@@ -17,13 +18,20 @@ from manylora.scheduler.version import DeviceCopy
 
 class Ledger:
     def __init__(
-        self, roster: Roster, adapters: AdapterTable, memory: Memory, host: HostTier, clock: StepClock
+        self,
+        roster: Roster,
+        adapters: AdapterTable,
+        memory: Memory,
+        host: HostTier,
+        clock: StepClock,
+        grammars: GrammarDesk,
     ) -> None:
         self._roster = roster
         self._adapters = adapters
         self._memory = memory
         self._host = host
         self._clock = clock
+        self._grammars = grammars
 
     def state(self, call: int) -> State:
         memory, roster, adapters = self._memory, self._roster, self._adapters
@@ -109,6 +117,8 @@ class Ledger:
         for version in versions.values():
             of_record[version.record] += version.leases
         assert all(record.leases == count for record, count in of_record.items())
+        awaited = Counter(self._grammars.kept())
+        assert all(v.record.awaited == awaited[v.record] for v in self._adapters.names.values())
         due = self._adapters.unloads.due
         for name, version in self._adapters.names.items():
             expires_at = version.record.expires_at

@@ -102,7 +102,6 @@ class Scheduler:
         host = HostTier(limits.num_host_pages, lora.max_loaded_loras, tp_size, outbox)
         device = DeviceTier(self._memory, tp_size, outbox)
         times = Times(clock, world_clock)
-        self._grammars = GrammarDesk(outbox, schedule.max_queued_requests, clock)
         self._adapters = AdapterTable(
             host=host,
             device=device,
@@ -121,7 +120,9 @@ class Scheduler:
             times=times,
             live_sequences=self._live_sequences,
             end_sequences=self._end_sequences,
-            asked=self._grammars.adapters_asked,
+        )
+        self._grammars = GrammarDesk(
+            outbox, schedule.max_queued_requests, clock, keep=self._admin.keep, let_go=self._admin.let_go
         )
         sequences = SequenceMemory(self._memory)
         # A step holds a row of each running sequence, so no more may run than a step has tokens.
@@ -150,7 +151,7 @@ class Scheduler:
             self._roster, admission, sequences, token_budget=chunk_size, vocab_size=model.vocab_size
         )
         self._outputs = OutputReader(self._roster, sequences, page_size, outbox)
-        self._ledger = Ledger(self._roster, self._adapters, self._memory, host, self._steps)
+        self._ledger = Ledger(self._roster, self._adapters, self._memory, host, self._steps, self._grammars)
 
     # ---- messages in --------------------------------------------------------------------------------------------
 
@@ -162,9 +163,8 @@ class Scheduler:
                 for handle in unpack_i64(message.handles):
                     if sequence := self._roster.live.get(handle):
                         self._roster.end(sequence)
-                    elif self._grammars.busy:
+                    else:
                         self._grammars.abort(handle)
-                        self._admin.look_again()
             case LoadAdapter():
                 self._admin.on_load(message)
             case UpdateAdapter():
@@ -190,7 +190,6 @@ class Scheduler:
         if isinstance(answer, Compiled):
             for call in self._grammars.on_compiled(answer):
                 self._accept(call)
-                self._admin.look_again()
             return
         answer.constraint.mask = answer.outcome if isinstance(answer.outcome, bytes) else None
         sequence = self._roster.live.get(answer.constraint.handle)

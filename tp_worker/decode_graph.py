@@ -46,7 +46,7 @@ class DecodeResult:
 class DecodeGraph:
     """One captured step of `bucket` rows with room for `max_slices` slices an adapter (0: no LoRA).
 
-    `lender`: another graph, captured and at least as large, to share memory with.
+    `lender`: another graph, made before and at least as large, to share memory with.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class _Buffers:
 class PiecewiseGraph:
     """The step of `num_tokens` tokens, with room for adapters or (`lora` false) for none.
 
-    `lender`: another of these, at least as large and captured before, to share memory with.
+    `lender`: another of these, made before and at least as large, to share memory with.
     """
 
     def __init__(

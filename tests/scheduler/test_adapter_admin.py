@@ -257,24 +257,29 @@ def test_time_stands_still_while_a_request_runs_or_waits() -> None:
     assert names(world) == []
 
 
-@pytest.mark.parametrize("fate", ["accepted", "refused", "aborted"])
+CODES = {"accepted": None, "refused": "bad_grammar", "aborted": None}
+
+
+@pytest.mark.parametrize("fate", CODES)
 def test_time_does_not_run_out_for_a_call_that_waits_for_its_grammar(fate: str) -> None:
     world = World()
     world.load_now("a", "pa", ttl_s=5.0)
     (sequence,) = world.submit(PROMPT, lora="a", max_new=3, regex=f"{BAD}3" if fate == "refused" else "3")
     world.pass_time(50.0)
     assert names(world) == ["a"]
+    world.scheduler.check()
     if fate == "aborted":
         world.abort(sequence)
-        assert not sequence.started
+        world.scheduler.check()
     world.finish_grammar_job()
-    world.scheduler.on_time()
-    assert (names(world) == ["a"]) == (fate == "accepted")
+    world.scheduler.check()
     world.settle()
-    if fate == "accepted":
-        assert sequence.finish.reason in ("stop", "length")
-        assert world.scheduler.seconds_to_due == 5.0
-        world.pass_time(5.0)
+    if fate != "aborted":
+        assert (sequence.finish.error and sequence.finish.error.code) == CODES[fate]
+    assert world.scheduler.seconds_to_due == 5.0
+    world.pass_time(4.9)
+    assert names(world) == ["a"]
+    world.pass_time(0.1)
     assert names(world) == []
     world.assert_nothing_left()
 

@@ -12,7 +12,7 @@ import torch
 from triton import knobs
 
 from manylora.kernels import compilation
-from manylora.runtime.config import CacheArgs, ModelArgs
+from manylora.runtime.config import CacheArgs, ModelArgs, ScheduleArgs
 from manylora.tp_worker.worker import Worker
 from tests.tiny_models import TinyModels
 from tests.tp_worker.test_worker import server_config
@@ -45,6 +45,8 @@ def test_nothing_is_left_to_compile(tiny_models: TinyModels, tmp_path: Path, lat
         server_config(model_dir, tmp_path),
         model=ModelArgs(model_path="m", model_dir=str(model_dir), device="cuda", dtype="bfloat16"),
         cache=CacheArgs(page_size=16, host_fraction=0.001, mem_fraction_static=0.2),
+        # Graphs of more rows than our own product takes: their deltas are apart.
+        schedule=ScheduleArgs(max_running_requests=130, cuda_graph_max_bs=130),
     )
     worker = Worker(config, 0, torch.device("cuda", 0))
     worker.close()

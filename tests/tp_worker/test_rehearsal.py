@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from manylora.kernels import lora_expand_decode_triton
+from manylora.kernels.lora_work import LoRAWork
 from manylora.runtime.messages import unpack_i32
 from manylora.runtime.plan import read_section
 from manylora.runtime.sampling_params import SamplingParams
@@ -39,7 +42,7 @@ def test_every_plan_is_well_formed(max_rows: int, max_tokens: int, lora: bool) -
         assert all(num_new == 1 for _, _, num_new, _ in rows[plan.num_prefill_rows :])
         assert plan.num_prefill_tokens == sum(row[2] for row in rows[: plan.num_prefill_rows])
         assert plan.num_prefill_tokens <= max_tokens
-    assert any(plan.max_slices for plan in plans) == (lora and max_tokens >= 8)
+    assert any(plan.max_slices for plan in plans) == lora
     assert not plans[-1].greedy
 
 
@@ -49,3 +52,19 @@ def test_there_are_steps_of_every_size() -> None:
         for plan in Rehearsal(0, 512, 8192, 100, True).plans()
     }
     assert {(1, 8), (1, 64), (40, 40), (1, 512), (40, 480), (300, 300), (1, 4096), (40, 4080)} < sizes
+
+
+@pytest.mark.parametrize("max_tokens", [100, 8192])
+@pytest.mark.parametrize("max_rows", [1, 8, 40, 64, 256])
+def test_the_lora_kernels_of_every_step_are_rehearsed(max_rows: int, max_tokens: int) -> None:
+    def kernels(num_tokens: int, num_segments: int) -> tuple[object, ...]:
+        lists = torch.zeros(num_segments, 4, dtype=torch.int64)
+        work = LoRAWork(lists, lists[:, 0], 1, num_tokens, 48)
+        launch = lora_expand_decode_triton.default_launch(work) if work.decode else None
+        return launch, work.tile_tokens, *(work.planes(features, 48).shape[0] for features in (1024, 4096))
+
+    plans = list(Rehearsal(9, max_rows, max_tokens, 100, True).plans())
+    rehearsed = {kernels(plan.num_tokens, plan.count("segments")) for plan in plans if plan.max_slices}
+    for num_tokens in [*range(1, min(max_tokens, 260) + 1), max_tokens]:
+        for num_segments in range(1, min(num_tokens, max_rows) + 1):
+            assert kernels(num_tokens, num_segments) in rehearsed, (num_tokens, num_segments)
