@@ -115,7 +115,12 @@ FLAGS = (
     Flag("max_queued_requests", "schedule", "most sequences that wait; beyond it a call gets 503", low=1),
     Flag("chunked_prefill_size", "schedule", "most tokens in one step; -1: the context length", low=-1),
     Flag("disable_overlap_schedule", "schedule", "plan a step only after the one before has answered"),
-    Flag("cuda_graph_max_bs", "schedule", "largest decode step that is captured as a CUDA graph", low=0),
+    Flag(
+        "cuda_graph_max_bs",
+        "schedule",
+        "largest decode step that is captured whole as a CUDA graph; 0: no graphs",
+        low=0,
+    ),
     Flag("log_level", "", "of the log on stderr", choices=LOG_LEVELS),
     Flag("log_format", "", "json: each line of stderr is one JSON object"),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -53,19 +54,23 @@ class AdapterAdmin:
         """Raise unless every name stands for a version now."""
         check_requested(names, self._table.names, enabled=self._enabled)
 
-    def keep(self, names: set[str]) -> list[AdapterRecord]:
-        """Let the time of these not run out, as far as they are there: a call will use them. Returns what `let_go` takes."""
-        records = [version.record for name in names if (version := self._table.names.get(name)) is not None]
-        for record in records:
-            record.awaited += 1
-        return records
+    def keep(self, names: set[str]) -> None:
+        """A call will use these, if they are there then: until `let_go` their time does not run out."""
+        self._table.awaited.update(names)
+        self._tell_awaited(names)
 
-    def let_go(self, records: list[AdapterRecord]) -> None:
+    def let_go(self, names: set[str]) -> None:
         """The call waits no longer."""
-        for record in records:
-            record.awaited -= 1
+        self._table.awaited -= Counter(names)
+        for record in self._tell_awaited(names):
             record.idle_since = self._times.now()
             self._table.unloads.watch(record)
+
+    def _tell_awaited(self, names: set[str]) -> list[AdapterRecord]:
+        records = {name: self._table.names[name].record for name in names & self._table.names.keys()}
+        for name, record in records.items():
+            record.awaited = self._table.awaited[name]
+        return list(records.values())
 
     # ---- calls --------------------------------------------------------------------------------------------------
 

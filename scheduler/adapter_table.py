@@ -11,6 +11,7 @@ A version in the middle of a staging or a copy cannot die before every rank has 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from manylora.runtime.errors import (
@@ -67,6 +68,7 @@ class AdapterTable:
         self.loads: dict[str, Load] = {}  # by name
         self.pinned: list[Version] = []  # those being loaded included
         self.unloads = Unloads()
+        self.awaited: Counter[str] = Counter()  # names that calls will use, each as often as one does
         self._jobs: dict[int, Load | Version] = {}
         self._num_jobs = 0
         self._num_versions = 0
@@ -245,7 +247,8 @@ class AdapterTable:
         self.names[version.name] = version
         version.named, version.loaded_at = True, self._times.since_1970()
         record = version.record
-        record.ttl_s, record.idle_since = ttl_s, self._times.now()
+        record.ttl_s, record.awaited = ttl_s, self.awaited[version.name]
+        record.idle_since = self._times.now()
         self.unloads.watch(record)
         logger.info(
             "LoRA adapter loaded: %s from %s (version %d, rank %d, %d pages)",

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from manylora.runtime.errors import BadGrammarError, ErrorInfo, QueueFullError
 from manylora.runtime.messages import Submit
-from manylora.scheduler.adapter_record import AdapterRecord
 from manylora.scheduler.grammar import Compiled, CompileJob, Grammar, GrammarSource, source_of
 from manylora.scheduler.outbox import Outbox
 
@@ -24,20 +23,23 @@ Grammars = dict[GrammarSource, Grammar]
 
 @dataclass(slots=True)
 class ParkedCall:
-    """`grammars`: those compiled so far of `wanted`; `kept`: of the adapters it will use; `aborted`: handles that nobody waits for
+    """`grammars`: those compiled so far of `wanted`; `aborted`: handles that nobody waits for
     any more; `arrived_at`: by the scheduler's clock."""
 
     call: Submit
     arrived_at: float
     wanted: set[GrammarSource]
     grammars: Grammars
-    kept: list[AdapterRecord] = field(default_factory=list[AdapterRecord])
     error: ErrorInfo | None = None
     aborted: set[int] = field(default_factory=set[int])
 
     @property
     def ready(self) -> bool:
         return self.error is not None or self.wanted == self.grammars.keys()
+
+    @property
+    def adapters(self) -> set[str]:
+        return {name for request in self.call.requests if (name := request.lora_name) is not None}
 
     @property
     def num_sequences(self) -> int:
@@ -61,8 +63,8 @@ class GrammarDesk:
         max_queued: int,
         clock: Callable[[], float],
         *,
-        keep: Callable[[set[str]], list[AdapterRecord]],
-        let_go: Callable[[list[AdapterRecord]], None],
+        keep: Callable[[set[str]], None],
+        let_go: Callable[[set[str]], None],
     ) -> None:
         self._outbox = outbox
         self._keep, self._let_go = keep, let_go
@@ -76,10 +78,10 @@ class GrammarDesk:
     def busy(self) -> bool:
         return bool(self._parked)
 
-    def kept(self) -> Iterator[AdapterRecord]:
-        """What parked calls keep, each as often as one does."""
+    def kept(self) -> Iterator[str]:
+        """The adapters that parked calls will use, each as often as one does."""
         for parked in self._parked:
-            yield from parked.kept
+            yield from parked.adapters
 
     def take(self, call: Submit) -> ParkedCall | None:
         """The call with its grammars if all are known (or one is known to be bad); else it is parked until they are.
@@ -105,7 +107,7 @@ class GrammarDesk:
             raise QueueFullError(
                 f"{len(self._compiling)} grammars wait to be compiled; {len(missing)} more exceed the limit of {MAX_COMPILING}."
             )
-        parked.kept = self._keep({r.lora_name for r in call.requests if r.lora_name is not None})
+        self._keep(parked.adapters)
         self._parked.append(parked)
         self._compiling |= missing
         self._outbox.to_grammars += [CompileJob(source) for source in sorted(missing)]
@@ -138,5 +140,5 @@ class GrammarDesk:
         gone = [parked for parked in self._parked if over(parked)]
         self._parked = [parked for parked in self._parked if not over(parked)]
         for parked in gone:
-            self._let_go(parked.kept)
+            self._let_go(parked.adapters)
         return gone

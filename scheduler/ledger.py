@@ -118,7 +118,8 @@ class Ledger:
             of_record[version.record] += version.leases
         assert all(record.leases == count for record, count in of_record.items())
         awaited = Counter(self._grammars.kept())
-        assert all(v.record.awaited == awaited[v.record] for v in self._adapters.names.values())
+        assert self._adapters.awaited == awaited
+        assert all(v.record.awaited == awaited[name] for name, v in self._adapters.names.items())
         due = self._adapters.unloads.due
         for name, version in self._adapters.names.items():
             expires_at = version.record.expires_at

@@ -95,7 +95,7 @@ def _cpu_pages(config: ServerConfig, geometry: PoolGeometry) -> int:
 
 
 def workspace_bytes(config: ServerConfig, model: ModelConfig, itemsize: int) -> int:
-    """A generous estimate of what steps need on a rank beside weights and pages, the graphs' memory included."""
+    """A generous estimate of what steps need on a rank beside weights and pages, the logits and activations of graphs included."""
     tp_size = config.parallel.tp_size
     # Residual, normed input, output and their fp32 shadows; fused gate_up, its activation, fused qkv.
     per_token = (
@@ -104,7 +104,7 @@ def workspace_bytes(config: ServerConfig, model: ModelConfig, itemsize: int) -> 
     # fp32 logits with their gathered copy, sorted copies and fixed-point masses.
     per_sample = 40 * model.vocab_size
     graph_rows = min(config.schedule.cuda_graph_max_bs, config.schedule.max_running_requests)
-    piece_tokens = LARGEST_BUCKET if graph_rows else 0
+    piece_tokens = LARGEST_BUCKET if graph_rows and tp_size == 1 else 0
     return (
         (config.schedule.chunked_prefill_size + piece_tokens) * per_token
         + config.schedule.max_running_requests * per_sample

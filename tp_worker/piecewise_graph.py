@@ -1,7 +1,7 @@
-"""Short steps with prompts, as pieces of CUDA graphs that are cut where a layer attends.
+"""Short steps that no decode graph is for, as pieces of CUDA graphs that are cut where a layer attends.
 
-Launched one by one, the kernels of such a step keep the host busy for 26 ms, however few tokens it has. How attention is
-launched depends on how the tokens fall into rows, so it stays outside; everything else depends on how many tokens there
+Launched one by one, the kernels of such a step keep the host busy longer than the GPU (docs/benchmarks.md). How attention
+is launched depends on how the tokens fall into rows, so it stays outside; everything else depends on how many tokens there
 are, which is rounded up to a bucket. Padding tokens belong to no row and no adapter; their KV goes to the dummy page.
 """
 
@@ -28,11 +28,17 @@ Forward = Callable[[StepInputs], Tensor]
 
 
 class _Buffers:
-    """What the pieces on both sides of a cut share: queries and what they attend to, each (T, heads, head_dim)."""
+    """What all pieces share: queries and what they attend to, each (T, heads, head_dim), and the result (T, hidden)."""
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
-        self._queries = self._attended = torch.empty(0)
+        self._queries = self._attended = self.hidden = torch.empty(0)
+
+    def give(self, hidden: Tensor) -> None:
+        """Keep a step's result."""
+        if not len(self.hidden):
+            self.hidden = hidden.new_empty((self._num_tokens, hidden.shape[1]))
+        self.hidden[: len(hidden)].copy_(hidden)
 
     def take(self, queries: Tensor) -> Tensor:
         """Keep the queries of a step; returns where what they attend to will lie."""
@@ -81,7 +87,6 @@ class PiecewiseGraph:
             )
         self._pieces: list[torch.cuda.CUDAGraph] = []
         self._cuts: list[tuple[Tensor, float]] = []  # a layer's cache, and the scale it attends with
-        self._hidden: Tensor | None = None
 
     def rehearse(self, forward: Forward) -> None:
         """Run an empty step outside of any graph, without attention."""
@@ -105,12 +110,12 @@ class PiecewiseGraph:
         with torch.cuda.stream(stream):
             self.rehearse(forward)
             begin()
-            self._hidden = self._forward(forward, cut)
+            self._forward(forward, cut)
             self._pieces[-1].capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
     def run(self, inputs: StepInputs, segments: Tensor, slices: Tensor) -> Tensor:
-        """The forward of a step: (T, hidden), valid until the next step of any graph.
+        """The forward of a step: (T, hidden), valid until the next step by pieces.
 
         inputs: of at most `num_tokens` tokens; segments (n, 4) and slices (m,) int64 as `LoRABatch` has them.
         """
@@ -121,22 +126,21 @@ class PiecewiseGraph:
             self._lora.segments.zero_()
             self._lora.segments[: len(segments)] = segments
             self._lora.slices[: len(slices)] = slices
-        return self._replay(inputs)[:num_tokens]
+        self._replay(inputs)
+        return self._buffers.hidden[:num_tokens]
 
-    def _replay(self, inputs: StepInputs) -> Tensor:
-        assert self._hidden is not None
+    def _replay(self, inputs: StepInputs) -> None:
         for piece, (kv_cache, scale) in zip(self._pieces[:-1], self._cuts, strict=True):
             piece.replay()
             self._buffers.attend(inputs, kv_cache, scale)
         self._pieces[-1].replay()
-        return self._hidden
 
-    def _forward(self, forward: Forward, cut: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+    def _forward(self, forward: Forward, cut: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         if self._lora is not None:
             self._lora.prepare()
         token_ids, positions, kv_slots = self._given
         nothing = self._padding[0]  # attention alone would read it
-        return forward(
+        hidden = forward(
             StepInputs(
                 num_prefill_rows=0,
                 num_prefill_tokens=0,
@@ -152,10 +156,11 @@ class PiecewiseGraph:
                 attend=cut,
             )
         )
+        self._buffers.give(hidden)
 
 
 class PiecewiseGraphs:
-    """All of a worker without other ranks. max_tokens: of a step; max_slices of `find`: of the step's adapters, 0: none."""
+    """All that a worker has, if there are no other ranks. max_tokens: the most that a step can have."""
 
     def __init__(
         self,
@@ -186,7 +191,8 @@ class PiecewiseGraphs:
 
     @torch.inference_mode()
     def capture(self, show_progress: bool) -> None:
-        """Capture them, the largest first so that the others fit into its memory."""
+        """Capture them, the largest first: mostly the others fit into its memory."""
+        torch.cuda.empty_cache()  # of the rehearsal; nothing can be given back while a graph is captured
         memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         lender: PiecewiseGraph | None = None
@@ -197,7 +203,7 @@ class PiecewiseGraphs:
             self._graphs[bucket, lora] = graph
 
     def find(self, num_tokens: int, max_slices: int) -> PiecewiseGraph | None:
-        """The one for a step of so many tokens; None if none is made for it."""
+        """The one for a step of so many tokens, with adapters of so many slices, 0: without; None if none is made for it."""
         bucket = next((bucket for bucket in self._buckets if bucket >= num_tokens), None)
         if bucket is None or max_slices > _MAX_SLICES:
             return None

@@ -20,6 +20,7 @@ from manylora.tp_worker.model_runner import ModelRunner
 _TOKENS = (8, 40, 64, 128, 512, 4096, 40 * 2048)
 _ROWS = (1, 40, 300)
 _TOKENS_OF_MANY = (32, 64)  # with many adapters, which the LoRA kernels tell from few where tokens are few
+_FEW_ROWS = (10, 20)  # of one token and as many more: between the powers of two of the products' kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,13 @@ class Rehearsal:
             for num_tokens, num_rows in product(sizes, _ROWS):
                 if num_rows <= num_tokens and num_rows <= self.max_rows:
                     yield self._plan([num_tokens // num_rows] * num_rows, lora)
+        for num_rows in _FEW_ROWS:
+            if num_rows <= self.max_rows:
+                yield self._plan([1] * num_rows, False)
         if self.lora:
             for num_tokens in _TOKENS_OF_MANY:
-                if num_tokens <= self.max_tokens:
-                    yield self._plan(
-                        _dealt(num_tokens, min(num_tokens, self.max_rows)), True, each_its_own=True
-                    )
+                dealt = _dealt(min(num_tokens, self.max_tokens), min(num_tokens, self.max_rows))
+                yield self._plan(dealt, True, each_its_own=True)
 
     def _plan(
         self,
@@ -91,14 +93,15 @@ class Rehearsal:
             0,
             num_prefill_rows=len(prompts),
             num_prefill_tokens=sum(prompts),
-            max_kv_len=max(1, *prompts, 1),
+            max_kv_len=max(prompts, default=1),
             max_slices=int(lora),
             **drawing,
         )
 
 
 def _dealt(num_tokens: int, num_rows: int) -> list[int]:
-    """Prompts of about the same length."""
+    """Prompts of about the same length, none of them empty."""
+    num_rows = min(num_rows, num_tokens)
     each, more = divmod(num_tokens, num_rows)
     return [each + (row < more) for row in range(num_rows)]
 

@@ -115,7 +115,7 @@ class Worker:
         state: SlotState,
         context_length: int,
     ) -> None:
-        """Compile every kernel, run every kind of step once and capture the decode graphs."""
+        """Compile every kernel, run every kind of step once and capture the graphs."""
         from manylora.kernels.compilation import compiling_ahead, report_compilations
 
         schedule, lora = config.schedule, config.lora
@@ -126,7 +126,7 @@ class Worker:
             state.counts.shape[1],
             lora.enable_lora,
         )
-        decode, pieces = self._make_graphs(config, geometry, logits, state, rehearsal.max_tokens)
+        decode, pieces = self._make_graphs(config, geometry, logits, state)
         graphs = [each for each in (decode, pieces) if each is not None]
         with compiling_ahead():
             rehearse(self._runner, rehearsal.plans_to_compile())
@@ -144,9 +144,8 @@ class Worker:
         geometry: PoolGeometry,
         logits: Callable[..., torch.Tensor],
         state: SlotState,
-        max_tokens: int,
     ) -> tuple[DecodeGraphs | None, PiecewiseGraphs | None]:
-        """What is to be captured. Steps with prompts are launched one by one where there are other ranks."""
+        """What is to be captured. Where there are other ranks, only steps of decode rows are."""
         schedule, lora, tp_size = config.schedule, config.lora, config.parallel.tp_size
         if not schedule.cuda_graph_max_bs:
             return None, None
@@ -166,7 +165,7 @@ class Worker:
             forward,
             state,
             geometry,
-            max_tokens=max_tokens,
+            max_tokens=schedule.chunked_prefill_size,
             dummy_kv_slot=self._runner.dummy_kv_slot,
             lora=lora.enable_lora,
         )

@@ -284,6 +284,28 @@ def test_time_does_not_run_out_for_a_call_that_waits_for_its_grammar(fate: str) 
     world.assert_nothing_left()
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_nor_for_one_that_is_loaded_while_the_call_waits(anew: bool) -> None:
+    """For the first time, or again after its name was taken away."""
+    world = World()
+    if anew:
+        world.load_now("a", "pa", ttl_s=5.0)
+    (sequence,) = world.submit(PROMPT, lora="a", max_new=3, regex="3")
+    if anew:
+        world.unload("a")
+    world.load("a", "pb", ttl_s=5.0)
+    while world.jobs or world.acks():  # but for the grammar
+        world.finish_job() if world.jobs else world.ack()
+    world.pass_time(50.0)
+    world.scheduler.check()
+    assert names(world) == ["a"]
+    world.settle()
+    assert sequence.finish.error is None
+    world.pass_time(5.0)
+    assert names(world) == []
+    world.assert_nothing_left()
+
+
 def test_a_replacement_sets_the_time_anew_and_is_not_overtaken_by_it() -> None:
     world = World()
     world.load_now("a", "pa", ttl_s=5.0)

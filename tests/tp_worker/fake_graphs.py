@@ -39,14 +39,14 @@ def run_again_instead(monkeypatch: pytest.MonkeyPatch) -> Replays:
         self._again = forward
         self.rehearse(forward)
 
-    def replay_pieces(self: Any, inputs: StepInputs) -> torch.Tensor:
+    def replay_pieces(self: Any, inputs: StepInputs) -> None:
         def cut(queries: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
             attended = self._buffers.take(queries)
             self._buffers.attend(inputs, kv_cache, scale)
             return attended
 
         replays.pieces.append(self._given[0].tolist())
-        return self._forward(self._again, cut)
+        self._forward(self._again, cut)
 
     monkeypatch.setattr(DecodeGraph, "capture", capture)
     monkeypatch.setattr(DecodeGraph, "replay", replay)

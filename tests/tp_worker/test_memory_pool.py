@@ -120,7 +120,7 @@ def test_what_graphs_share_has_room(max_bs: int, lora: bool, tp_size: int, items
         lora=LoRAArgs(enable_lora=lora),
         parallel=ParallelArgs(tp_size=tp_size),
     )
-    tokens = config.schedule.chunked_prefill_size + (LARGEST_BUCKET if max_bs else 0)
+    tokens = config.schedule.chunked_prefill_size + (LARGEST_BUCKET if max_bs and tp_size == 1 else 0)
     without = _with(
         schedule=ScheduleArgs(cuda_graph_max_bs=0, chunked_prefill_size=tokens),
         parallel=ParallelArgs(tp_size=tp_size),

@@ -54,7 +54,7 @@ def test_there_are_steps_of_every_size() -> None:
     assert {(1, 8), (1, 64), (40, 40), (1, 512), (40, 480), (300, 300), (1, 4096), (40, 4080)} < sizes
 
 
-@pytest.mark.parametrize("max_tokens", [100, 8192])
+@pytest.mark.parametrize("max_tokens", [5, 16, 24, 48, 100, 8192])
 @pytest.mark.parametrize("max_rows", [1, 8, 40, 64, 256])
 def test_the_lora_kernels_of_every_step_are_rehearsed(max_rows: int, max_tokens: int) -> None:
     def kernels(num_tokens: int, num_segments: int) -> tuple[object, ...]:
