@@ -69,3 +69,14 @@ def test_a_picture_is_drawn_of_them(results: Path, tmp_path: Path) -> None:
     root = ElementTree.parse(picture).getroot()
     points = root.findall(f"{SVG}circle/{SVG}title")
     assert sorted((title.text or "").split(":")[0] for title in points) == ["B2K0", "B4K2"]
+
+
+def test_short_steps_are_timed(tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    done = run_script(
+        "bench_short_steps", "--model-shape", "tiny", "--runs", "1", "--json", str(path), "--only", "2x5K2"
+    )
+    assert done.returncode == 0, done.stderr
+    line = lines_of(path)["2x5K2"]
+    assert (line["prompts"], line["tokens"], line["adapters"]) == (2, 5, 2)
+    assert line["one_by_one_ms"] > 0
