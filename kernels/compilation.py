@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from triton import AsyncCompileMode, knobs
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 _MOST_THREADS = 16  # beyond, they wait for each other in the part of the compiler that is Python
 _ALIGNMENT = 16  # bytes; what Triton asks of a pointer
@@ -30,7 +31,7 @@ def compiling_ahead() -> Iterator[None]:
         # Errors are raised below: Triton 3.6, if it did that, would stay in this mode for ever.
         mode = AsyncCompileMode(compilers, ignore_errors=True)
         compilations: list[Future[Any]] = mode.raw_futures
-        with mode, _launches_only_compile():
+        with _parsing_in_turn(), mode, _launches_only_compile():
             yield
     for compilation in compilations:
         compilation.result()
@@ -48,6 +49,23 @@ def _with_launcher(compile_kernel: Callable[..., Any], *args: Any, **kwargs: Any
     target: Any = driver.active
     target.launcher_cls(kernel.src, kernel.metadata)  # on disk now, where the first launch looks for it
     return kernel
+
+
+@contextmanager
+def _parsing_in_turn() -> Iterator[None]:
+    """No two threads make Python's syntax trees at a time: before 3.11.5 that fails now and then (CPython issue 106905)."""
+    parse: Callable[..., Any] = JITCallable.parse
+    in_turn = threading.RLock()
+
+    def parse_in_turn(function: Any) -> Any:
+        with in_turn:
+            return parse(function)
+
+    JITCallable.parse = parse_in_turn  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        JITCallable.parse = parse  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
