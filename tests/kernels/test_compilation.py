@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 from manylora.kernels import compilation
 from manylora.kernels.activation_triton import _silu_and_mul, silu_and_mul
@@ -170,3 +171,24 @@ def test_an_error_of_the_block_comes_out_first(hopper: PretendedHopper) -> None:
     assert JITFunction.run is RUN
     silu_and_mul(X)
     assert hopper.launched == ["_silu_and_mul"]
+
+
+def test_one_thread_parses_at_a_time(hopper: PretendedHopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 before 3.11.5 mixes up two syntax trees that are made at once."""
+    parse: Any = JITCallable.parse
+    inside: list[int] = []
+    most: list[int] = []
+
+    def slow_parse(function: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        tree = parse(function)
+        inside.pop()
+        return tree
+
+    monkeypatch.setattr(JITCallable, "parse", slow_parse)
+    with compiling_ahead():
+        launch_some()
+    assert len(most) > 2
+    assert max(most) == 1
