@@ -58,8 +58,8 @@ def build_runner(model_dir: Path, device: str = "cpu") -> ModelRunner:
     return ModelRunner(model, pool, state, vocab_size=config.vocab_size, tp_rank=0)
 
 
-def with_graphs(runner: ModelRunner) -> ModelRunner:
-    """The runner, which runs its steps by graphs and their pieces from now on."""
+def make_graphs(runner: ModelRunner) -> tuple[DecodeGraphs, PiecewiseGraphs]:
+    """What would be captured of the runner's steps."""
     graphs = DecodeGraphs(
         runner.model_step,
         runner._model.logits,
@@ -77,6 +77,12 @@ def with_graphs(runner: ModelRunner) -> ModelRunner:
         dummy_kv_slot=runner.dummy_kv_slot,
         lora=False,
     )
+    return graphs, pieces
+
+
+def with_graphs(runner: ModelRunner) -> ModelRunner:
+    """The runner, which runs its steps by graphs and their pieces from now on."""
+    graphs, pieces = make_graphs(runner)
     graphs.capture(show_progress=False)
     pieces.capture(show_progress=False)
     runner.use_graphs(graphs, pieces)

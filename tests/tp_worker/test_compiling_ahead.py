@@ -10,14 +10,12 @@ import torch
 from manylora.runtime.plan import read_section
 from manylora.tp_worker import decode_graph as decode_graphs
 from manylora.tp_worker import sampler, slot_state
-from manylora.tp_worker.decode_graph import DecodeGraphs
 from manylora.tp_worker.layers import attention, embedding, linear, norm
 from manylora.tp_worker.model_runner import ModelRunner
 from manylora.tp_worker.models import decoder
-from manylora.tp_worker.piecewise_graph import PiecewiseGraphs
 from manylora.tp_worker.rehearsal import Rehearsal, rehearse
 from tests.tiny_models import VOCAB_SIZE, TinyModels
-from tests.tp_worker.plan_driver import MAX_PAGES, NUM_SLOTS, PAGE_SIZE, build_runner
+from tests.tp_worker.plan_driver import MAX_PAGES, NUM_SLOTS, PAGE_SIZE, build_runner, make_graphs
 
 REHEARSAL = Rehearsal(NUM_SLOTS, NUM_SLOTS, MAX_PAGES * PAGE_SIZE, VOCAB_SIZE, lora=False)
 NOWHERE = 1 << 30  # as a token or an index
@@ -80,25 +78,8 @@ def test_steps_take_no_index_from_a_kernel(runner: ModelRunner) -> None:
 
 @pytest.mark.usefixtures("without_kernels")
 def test_the_steps_of_graphs_take_none_either(runner: ModelRunner) -> None:
-    graphs = DecodeGraphs(
-        runner.model_step,
-        runner._model.logits,
-        runner._state,
-        runner._pool.geometry,
-        max_rows=NUM_SLOTS,
-        exchanges_planes=False,
-        lora=False,
-    )
-    graphs.rehearse()
-    pieces = PiecewiseGraphs(
-        runner.model_step,
-        runner._state,
-        runner._pool.geometry,
-        max_tokens=MAX_PAGES * PAGE_SIZE,
-        dummy_kv_slot=runner.dummy_kv_slot,
-        lora=False,
-    )
-    pieces.rehearse()
+    for graphs in make_graphs(runner):
+        graphs.rehearse()
 
 
 def test_they_have_every_size_and_both_ways_of_drawing() -> None:
