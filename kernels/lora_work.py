@@ -63,6 +63,7 @@ class LoRAWork:
         self.slices = slices
         self.max_slices = max_slices
         self.num_tokens = num_tokens
+        self._plane_columns = plane_columns
         self.decode = num_tokens <= DECODE_TOKENS
         self.tile_tokens = DECODE_TILE if self.decode else PREFILL_TILE
         self.max_tiles = min(num_tokens, num_tokens // self.tile_tokens + len(segments))
@@ -77,6 +78,10 @@ class LoRAWork:
             self._planes = lender._planes
         else:
             self._planes = torch.empty(size, dtype=torch.float32, device=device)
+
+    def resized(self, segments: torch.Tensor, num_tokens: int) -> LoRAWork:
+        """The like of it for another step with the same slices."""
+        return LoRAWork(segments, self.slices, self.max_slices, num_tokens, self._plane_columns, self)
 
     def planes(self, features: int, columns: int) -> torch.Tensor:
         """Where a shrink of `features` inputs writes: (chunks, max_slices, num_tokens, columns) float32.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -65,6 +65,15 @@ class LoRABatch:
         lent = lender.work if lender is not None else None
         work = LoRAWork(segments, slices, max_slices, num_tokens, columns, lent)
         return cls(segments, slices, max_slices, work, captured)
+
+    def of_rows(self, offsets: torch.Tensor) -> LoRABatch:
+        """The same step with one token left of each row. offsets (R,) int64: the rows' first tokens, rising from 0."""
+        ends = torch.searchsorted(offsets.contiguous(), self.segments[:, :2].contiguous())
+        segments = torch.cat((ends.to(self.segments.dtype), self.segments[:, 2:]), 1)
+        work = None if self.work is None else self.work.resized(segments, len(offsets))
+        batch = replace(self, segments=segments, work=work)
+        batch.prepare()
+        return batch
 
     def prepare(self) -> None:
         """Make the kernels' work list of what the tensors hold now: once a step, inside the graph if there is one."""

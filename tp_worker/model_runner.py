@@ -36,7 +36,9 @@ class Model(Protocol):
     """What a runner needs of a model (`tp_worker.models.decoder.Decoder` is one)."""
 
     def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Write the step's KV; return the last hidden state (T, hidden) after the final norm."""
+        """Write the step's KV; return the last hidden state after the final norm: (T, hidden), or of the narrowed step's
+        rows (R, hidden).
+        """
         ...
 
     def logits(self, hidden_rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -132,15 +134,20 @@ class ModelRunner:
         """A step of any rows, operation by operation, or by pieces of a graph."""
         pieces = self._pieces.find(plan.num_tokens, plan.max_slices) if self._pieces else None
         if pieces is None:
-            hidden = self.model_step(self._step_inputs(plan, sections, self._lora_batch(plan, sections)))
+            inputs = self._step_inputs(plan, sections, self._lora_batch(plan, sections))
+            if plan.num_prefill_rows and not plan.count("prompt_lps"):
+                inputs.narrow()
+            hidden = self.model_step(inputs)
         else:
             inputs = self._step_inputs(plan, sections, None)
             hidden = pieces.run(inputs, sections["segments"], sections["slices"].squeeze(1))
         columns: dict[str, torch.Tensor] = {}
         if plan.count("samples"):
-            _, _, num_new, offsets = sections["rows"][sections["samples"][:, 0]].unbind(1)
-            logits = self._model.logits(hidden[offsets + num_new - 1])
-            columns |= self._sample(plan, sections, logits, masks)
+            wanted = sections["samples"][:, 0]
+            if inputs.narrowed is None:
+                _, _, num_new, offsets = sections["rows"][wanted].unbind(1)
+                wanted = offsets + num_new - 1
+            columns |= self._sample(plan, sections, self._model.logits(hidden[wanted]), masks)
         if plan.count("prompt_lps"):
             columns |= self._prompt_logprobs(plan, sections["prompt_lps"], hidden)
         return columns

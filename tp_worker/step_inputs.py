@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,3 +30,27 @@ class StepInputs:
     lora: LoRABatch | None
     # (q (T, heads, head_dim), a layer's cache, scale) -> what q attends to: where a layer shall not do it by itself.
     attend: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    narrowed: Narrowed | None = None  # where nothing is wanted of the step but what its rows end with
+
+    def narrow(self) -> None:
+        """Want nothing but what each row ends with: behind the last KV written, no other token is computed."""
+        _, _, num_new, offsets = self.rows.unbind(1)
+        tokens = offsets + num_new - 1
+        alone = replace(
+            self,
+            num_prefill_rows=0,
+            num_prefill_tokens=0,
+            token_ids=self.token_ids[tokens],
+            positions=self.positions[tokens],
+            kv_slots=self.kv_slots[tokens],
+            lora=self.lora.of_rows(offsets) if self.lora is not None else None,
+        )
+        self.narrowed = Narrowed(tokens, alone)
+
+
+@dataclass(slots=True)
+class Narrowed:
+    """Each row's last token, by its index in the step (R,) int64, and the step of these alone: decode rows, all of them."""
+
+    tokens: torch.Tensor
+    inputs: StepInputs

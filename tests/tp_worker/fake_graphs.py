@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from manylora.kernels.decode_inputs import Bounds
+from manylora.lora.lora_batch import LoRABatch
 from manylora.tp_worker.decode_graph import DecodeGraph, DecodeResult
 from manylora.tp_worker.piecewise_graph import PiecewiseGraph
 from manylora.tp_worker.step_inputs import StepInputs
@@ -48,6 +49,13 @@ def run_again_instead(monkeypatch: pytest.MonkeyPatch) -> Replays:
         replays.pieces.append(self._given[0].tolist())
         self._forward(self._again, cut)
 
+    def on_host(
+        segments: torch.Tensor, slices: torch.Tensor, max_slices: int, *_: Any, **__: Any
+    ) -> LoRABatch:
+        # The graph's static inputs, which no kernel but the reference ops read.
+        return LoRABatch(segments, slices, max_slices)
+
+    monkeypatch.setattr(LoRABatch, "on_device", on_host)
     monkeypatch.setattr(DecodeGraph, "capture", capture)
     monkeypatch.setattr(DecodeGraph, "replay", replay)
     monkeypatch.setattr(PiecewiseGraph, "capture", capture_pieces)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -27,30 +28,29 @@ from manylora.tp_worker.model_runner import ModelRunner
 from manylora.tp_worker.piecewise_graph import PiecewiseGraphs
 from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.weight_loader import load_model
+from tests.tp_worker.resident_adapters import Adapters, make_resident
 
 PAGE_SIZE = 4
-NUM_PAGES = 64
+NUM_PAGES = 64  # for KV
+NUM_ADAPTER_PAGES = 128  # behind those, if there are adapters: the driver deals out none of them
 NUM_SLOTS = 6
 MAX_PAGES = 16  # of one sequence
 
 
-def build_runner(model_dir: Path, device: str = "cpu") -> ModelRunner:
-    """A runner over a real model in float32, with every page and every slot dirty."""
+def build_runner(
+    model_dir: Path, device: str = "cpu", adapters: Adapters = MappingProxyType({})
+) -> ModelRunner:
+    """A runner over a real model in float32, with every slot dirty, and every page but those of `adapters`."""
     config = load_model_config(model_dir)
     target = torch.device(device)
-    model = load_model(
-        config,
-        model_dir,
-        "auto",
-        torch.float32,
-        target,
-        init_tp_group(0, 1, target, model_dir),
-        seed=0,
-        progress=False,
-    )
+    group = init_tp_group(0, 1, target, model_dir)
+    model = load_model(config, model_dir, "auto", torch.float32, target, group, seed=0, progress=False)
     geometry = pool_geometry(config, tp_size=1, sharding="slora", page_size=PAGE_SIZE, itemsize=4)
-    pool = PagePool(geometry, NUM_PAGES, torch.float32, target)
+    adapter_pages = range(NUM_PAGES, NUM_PAGES + NUM_ADAPTER_PAGES) if adapters else range(0)
+    pool = PagePool(geometry, NUM_PAGES + len(adapter_pages), torch.float32, target)
     pool.elements.fill_(torch.nan)
+    if adapters:
+        make_resident(adapters, pool, adapter_pages, model, config, group)
     state = SlotState(NUM_SLOTS, MAX_PAGES, config.vocab_size, target)
     state.counts.fill_(3)
     state.in_prompt.fill_(1)
@@ -59,15 +59,17 @@ def build_runner(model_dir: Path, device: str = "cpu") -> ModelRunner:
 
 
 def make_graphs(runner: ModelRunner) -> tuple[DecodeGraphs, PiecewiseGraphs]:
-    """What would be captured of the runner's steps."""
+    """What would be captured of the runner's steps, for adapters too if it has any."""
+    model: Any = runner._model
+    lora = any(layer.lora is not None for _, _, layer in model.lora_sites())
     graphs = DecodeGraphs(
         runner.model_step,
-        runner._model.logits,
+        model.logits,
         runner._state,
         runner._pool.geometry,
         max_rows=NUM_SLOTS,
         exchanges_planes=False,
-        lora=False,
+        lora=lora,
     )
     pieces = PiecewiseGraphs(
         runner.model_step,
@@ -75,7 +77,7 @@ def make_graphs(runner: ModelRunner) -> tuple[DecodeGraphs, PiecewiseGraphs]:
         runner._pool.geometry,
         max_tokens=MAX_PAGES * PAGE_SIZE,
         dummy_kv_slot=runner.dummy_kv_slot,
-        lora=False,
+        lora=lora,
     )
     return graphs, pieces
 

@@ -31,8 +31,23 @@ def sequences(vocab_size: int) -> list[list[int]]:
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in SEQUENCE_LENGTHS]
 
 
-def run_schedule(decoder: Decoder, schedule: list[Step], lora: LoRABatch | None = None) -> Tensor:
-    """Logits of every token of `sequences`, one sequence after another: (sum of lengths, vocab_size) on the CPU."""
+def row_ends(schedule: list[Step]) -> list[int]:
+    """Which tokens of `sequences`, one sequence after another, rows end with."""
+    ends: list[list[int]] = [[] for _ in SEQUENCE_LENGTHS]
+    done = [sum(SEQUENCE_LENGTHS[:sequence]) for sequence in range(len(SEQUENCE_LENGTHS))]
+    for sequence, num_new in (row for step in schedule for row in step):
+        done[sequence] += num_new
+        ends[sequence].append(done[sequence] - 1)
+    return [end for of_sequence in ends for end in of_sequence]
+
+
+def run_schedule(
+    decoder: Decoder, schedule: list[Step], lora: LoRABatch | None = None, *, narrowed: bool = False
+) -> Tensor:
+    """Logits of every token of `sequences`, one sequence after another: (sum of lengths, vocab_size) on the CPU.
+
+    narrowed: of the tokens that rows end with alone.
+    """
     ids = sequences(decoder.config.vocab_size)
     cache, page_table = _empty_cache(decoder), _page_table()
     device = cache.device
@@ -40,8 +55,10 @@ def run_schedule(decoder: Decoder, schedule: list[Step], lora: LoRABatch | None 
     logits: list[list[Tensor]] = [[] for _ in ids]
     for step in schedule:
         inputs = _step_inputs(step, ids, done, page_table, lora, device)
+        if narrowed:
+            inputs.narrow()
         hidden = decoder.forward(inputs, cache)
-        parts = decoder.logits(hidden).split([num_new for _, num_new in step])
+        parts = decoder.logits(hidden).split([1 if narrowed else num_new for _, num_new in step])
         for (sequence, num_new), part in zip(step, parts, strict=True):
             logits[sequence].append(part)
             done[sequence] += num_new

@@ -15,7 +15,7 @@ from manylora.tp_worker.models.decoder import Decoder
 from manylora.tp_worker.weight_loader import load_model
 from tests.tiny_models import FAMILIES, TinyModels
 from tests.tp_worker.reference_logits import reference_logits
-from tests.tp_worker.steps import SCHEDULES, double_every_projection, run_schedule
+from tests.tp_worker.steps import SCHEDULES, double_every_projection, row_ends, run_schedule
 
 torch.set_num_threads(1)
 on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -34,6 +34,22 @@ def test_logits_equal_transformers(family: str, device: str, tiny_models: TinyMo
     decoder, expected = load(model_dir, device), reference_logits(model_dir)
     for schedule in SCHEDULES.values():
         torch.testing.assert_close(run_schedule(decoder, schedule), expected, rtol=0, atol=1e-4)
+
+
+@on_every_device
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("family", ["llama_bias_tied", "qwen3"])
+def test_a_narrowed_step_computes_what_rows_end_with(
+    family: str, schedule: str, device: str, tiny_models: TinyModels
+) -> None:
+    model_dir = tiny_models.model(family)
+    decoder, steps = load(model_dir, device), SCHEDULES[schedule]
+    logits = run_schedule(decoder, steps, narrowed=True)
+    torch.testing.assert_close(logits, reference_logits(model_dir)[row_ends(steps)], rtol=0, atol=1e-4)
+    batch = double_every_projection(decoder)
+    doubled = run_schedule(decoder, steps, batch, narrowed=True)
+    expected = reference_logits(model_dir, scale=2.0)[row_ends(steps)]
+    torch.testing.assert_close(doubled, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama_bias_tied", "qwen3"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,12 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+def build_on_device(model_dir: Path) -> ModelRunner:
+    return build_runner(model_dir, "cuda")
+
+
 def runner_with_graphs(model_dir: Path) -> ModelRunner:
-    return with_graphs(build_runner(model_dir, "cuda"))
+    return with_graphs(build_on_device(model_dir))
 
 
 def decode_twice(runner: ModelRunner, count: int) -> list[list[int]]:
@@ -65,7 +69,7 @@ def decode_twice(runner: ModelRunner, count: int) -> list[list[int]]:
 
 
 def test_the_device_draws_what_the_cpu_draws(model_dir: Path) -> None:
-    on_device = decode_twice(build_runner(model_dir, "cuda"), 8)
+    on_device = decode_twice(build_on_device(model_dir), 8)
     assert on_device == decode_twice(build_runner(model_dir), 8)
     assert on_device == decode_twice(runner_with_graphs(model_dir), 8)
     reference = Reference(model_dir).generate(None, PROMPT, 8).tokens
@@ -98,7 +102,7 @@ def decode_greedily(runner: ModelRunner) -> list[list[int]]:
 
 def test_graphs_draw_what_steps_without_them_draw(model_dir: Path) -> None:
     drawn = decode_greedily(runner_with_graphs(model_dir))
-    assert drawn == decode_greedily(build_runner(model_dir, "cuda"))
+    assert drawn == decode_greedily(build_on_device(model_dir))
     assert [len(tokens) for tokens in drawn] == [3] * 8 + [4] * 5
     reference = Reference(model_dir).generate(None, PROMPT, 8).tokens
     assert [tokens[0] for tokens in drawn[:8]] == reference
@@ -124,25 +128,30 @@ def test_a_graph_tells_of_logits_that_are_not_finite(model_dir: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.usefixtures("no_waiting")
-def test_a_step_never_waits_for_the_device(model_dir: Path) -> None:
+@pytest.mark.parametrize("make_runner", [build_on_device, runner_with_graphs])
+def test_a_step_never_waits_for_the_device(
+    make_runner: Callable[[Path], ModelRunner], model_dir: Path
+) -> None:
     torch.cuda.set_sync_debug_mode("default")
-    runner, driver = runner_with_graphs(model_dir), Driver(VOCAB_SIZE)
+    runner, driver = make_runner(model_dir), Driver(VOCAB_SIZE)
     driver.take_slot(1, GREEDY, PROMPT)
     run(runner, driver.plan([(1, 0, PROMPT)]))  # what is made once may wait
     torch.cuda.set_sync_debug_mode("error")
     driver.take_slot(3, SAMPLED, PROMPT, stop_ids=[1, 2])
     driver.share_prefix(1, 3, 9)
+    driver.take_slot(4, GREEDY, PROMPT)
     asked, some = [(1, PROMPT[10], 2)], {3: range(100)}
     plans = [
         driver.plan([(3, 9, PROMPT[9:]), (1, len(PROMPT), [-1])], num_top=3, prompt_lps=asked, allowed=some),
         driver.decode({1: len(PROMPT) + 1, 3: len(PROMPT)}, allowed=some),
         driver.decode({1: len(PROMPT) + 2}),
+        driver.plan([(4, 0, PROMPT), (1, len(PROMPT) + 3, [-1])]),
     ]
     pending = [runner.execute(plan) for plan in plans]
     torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     outputs: list[ForwardOutput] = [one.output() for one in pending if one is not None]
-    assert [len(unpack_i32(output.tokens)) for output in outputs] == [2, 2, 1]
+    assert [len(unpack_i32(output.tokens)) for output in outputs] == [2, 2, 1, 2]
 
 
 def test_the_rings_come_round_and_grow() -> None:

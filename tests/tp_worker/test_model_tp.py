@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.tiny_models import FAMILIES, TinyModels
 from tests.tp_worker.reference_logits import reference_logits
-from tests.tp_worker.steps import SCHEDULES
+from tests.tp_worker.steps import SCHEDULES, row_ends
 from tests.tp_worker.tp_main import rank_values
 
 torch.set_num_threads(1)
@@ -76,6 +76,8 @@ def test_deltas_join_the_partial_sums(family: str, results: Results, tiny_models
     model_dir = tiny_models.model(family)
     doubled = reference_logits(model_dir, scale=2.0)
     torch.testing.assert_close(results[0][f"{model_dir.name}/doubled"], doubled, rtol=0, atol=1e-4)
+    narrowed = results[0][f"{model_dir.name}/doubled/narrowed"]
+    torch.testing.assert_close(narrowed, doubled[row_ends(SCHEDULES["mixed"])], rtol=0, atol=1e-4)
 
 
 def test_every_rank_has_the_same_bits(results: Results) -> None:

@@ -64,7 +64,7 @@ def test_pieces_compute_what_a_step_without_them_computes(model_dir: Path, repla
     for one, other in zip(found, expected, strict=True):
         assert one[0] == other[0]
         for values, wanted in zip(one[1:], other[1:], strict=True):
-            torch.testing.assert_close(values, wanted)
+            torch.testing.assert_close(torch.tensor(values), torch.tensor(wanted))
     assert [len(tokens) for tokens in replays.pieces] == [32, 64, 32, 32]
     assert len(replays.results) == 1, "decode rows alone have graphs of their own"
 

@@ -28,6 +28,8 @@ def main(rank: int, size: int, device: torch.device, run_dir: Path, model_dirs: 
             results[f"{model_dir.name}/{name}"] = run_schedule(decoder, schedule)
         batch = double_every_projection(decoder)
         results[f"{model_dir.name}/doubled"] = run_schedule(decoder, SCHEDULES["mixed"], batch)
+        narrowed = run_schedule(decoder, SCHEDULES["mixed"], batch, narrowed=True)
+        results[f"{model_dir.name}/doubled/narrowed"] = narrowed
     save_file(results, run_dir / f"rank-{rank}.safetensors")
     group.all_reduce(torch.zeros(1, device=device)).cpu()  # nobody leaves while another still computes
     group.close()

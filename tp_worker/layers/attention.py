@@ -52,16 +52,23 @@ class Attention:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=group.device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=group.device)
 
-    def __call__(self, x: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Product:
-        """x (T, hidden) -> (T, hidden); kv_cache (pages, 2, kv_heads, page_size, head_dim) gains the step's K and V."""
+    def project(self, x: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Tensor:
+        """x (T, hidden) -> queries (T, heads, head_dim); the step's K and V go into the layer's cache.
+
+        kv_cache (pages, 2, kv_heads, page_size, head_dim).
+        """
         qkv, addend = self.qkv_proj(x, inputs.lora)
         heads = qkv.view(len(x), -1, self.head_dim)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         rope_and_store(q, k, v, self.cos_sin, inputs.positions, kv_cache, inputs.kv_slots, addend)
+        return q
+
+    def attend(self, q: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Product:
+        """Queries (T, heads, head_dim) of tokens whose K and V lie in the cache -> (T, hidden)."""
         attended = self._attend(q, inputs, kv_cache)
-        return self.o_proj(attended.view(len(x), -1), inputs.lora)
+        return self.o_proj(attended.view(len(q), -1), inputs.lora)
 
     def _attend(self, q: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Tensor:
         if inputs.attend is not None:

@@ -42,7 +42,8 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, kv_cache: Tensor) -> Tensor:
-        """One step: (T, hidden_size) after the final norm, the same on every rank.
+        """One step: (T, hidden_size) after the final norm, the same on every rank; (R, hidden_size), of each row's last
+        token, where the step is narrowed.
 
         kv_cache (pages, num_layers, 2, kv_heads of the rank, page_size, head_dim), any page stride; the step's K and
         V are written to `inputs.kv_slots` of it.
@@ -52,7 +53,11 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             if index:
                 x = layer.input_norm.add(x, residual, addend)
-            x, addend = layer(x, residual, inputs, kv_cache[:, index])
+            q = layer.attention.project(x, inputs, kv_cache[:, index])
+            if layer is self.layers[-1] and inputs.narrowed is not None:
+                tokens, inputs = inputs.narrowed.tokens, inputs.narrowed.inputs
+                q, residual = q[tokens], residual[tokens]
+            x, addend = layer(q, residual, inputs, kv_cache[:, index])
         return self.norm.add(x, residual, addend)
 
     @torch.inference_mode()
@@ -86,7 +91,7 @@ class Decoder:
 
 
 class DecoderLayer:
-    """Attention and feed-forward, each behind a norm. The norm before attention is the caller's to apply."""
+    """Attention and feed-forward, each behind a norm. What comes before the queries are there is the caller's to apply."""
 
     def __init__(self, config: ModelConfig, cos_sin: Tensor, *, group: TPGroup, dtype: torch.dtype) -> None:
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device)
@@ -94,9 +99,11 @@ class DecoderLayer:
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device)
         self.mlp = MLP(config, group=group, dtype=dtype)
 
-    def __call__(self, x: Tensor, residual: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Product:
-        """x (T, hidden): the residual after `input_norm`. Returns what is still to be added to the residual."""
-        x, addend = self.attention(x, inputs, kv_cache)
+    def __call__(self, q: Tensor, residual: Tensor, inputs: StepInputs, kv_cache: Tensor) -> Product:
+        """q (T, heads, head_dim): `attention.project` of the residual after `input_norm`. Returns what is still to be
+        added to the residual.
+        """
+        x, addend = self.attention.attend(q, inputs, kv_cache)
         x = self.mlp_norm.add(x, residual, addend)
         return self.mlp(x, inputs.lora)
 
