@@ -84,7 +84,7 @@ def double_every_projection(decoder: Decoder) -> LoRABatch:
     """Attach `SameAgain` everywhere; returns a batch to switch it on with."""
     for _, _, layer in decoder.lora_sites():
         layer.lora = SameAgain(layer)
-    nothing = torch.zeros(0, dtype=torch.int32)
+    nothing = torch.zeros(0, dtype=torch.int32, device=decoder.norm.weight.device)
     return LoRABatch(nothing.view(0, 4), nothing, 1)
 
 
