@@ -24,9 +24,9 @@ from manylora.kernels.lora_work import TILE_FIELDS, Launch, LoRAWork, num_progra
 
 _MAX_MODULES = 3
 _AHEAD = 4  # blocks of a unit whose rows of B are asked for at its start
-# The best of whole steps on an H200 (docs/benchmarks.md): for few tiles, for few tokens, and for more of both.
-_FEW, _SOME, _MANY = Launch(4, 128, 2, 4), Launch(4, 256, 4, 4), Launch(8, 128, 2, 3)
-_FEW_TILES, _SOME_TOKENS = 8, 64
+# The best of whole steps on an H200 (docs/benchmarks.md): for few tiles, and for more.
+_FEW, _MANY = Launch(4, 128, 2, 4), Launch(8, 128, 2, 3)
+_FEW_TILES = 8
 
 
 def lora_expand_decode(
@@ -39,7 +39,7 @@ def lora_expand_decode(
     y: torch.Tensor,
     out_sizes: tuple[int, ...],
     launch: Launch | None = None,
-    beside: bool = False,
+    behind_shrink: bool = False,
     adds: bool = True,
 ) -> None:
     """As `lora_expand_triton.lora_expand`."""
@@ -69,7 +69,7 @@ def lora_expand_decode(
         "num_warps": launch.num_warps,
         "num_stages": 1,  # of the loops that do not say otherwise
         "maxnreg": registers(launch),
-        **(overlapping(y.device) if beside else letting_next_start(y.device)),
+        **(overlapping(y.device) if behind_shrink else letting_next_start(y.device)),
     }
     _lora_expand_decode[(grid,)](
         planes,
@@ -105,9 +105,7 @@ def lora_expand_decode(
 
 def default_launch(work: LoRAWork) -> Launch:
     """What is launched where nobody says how."""
-    if work.max_tiles <= _FEW_TILES:
-        return _FEW
-    return _SOME if work.num_tokens <= _SOME_TOKENS else _MANY
+    return _FEW if work.max_tiles <= _FEW_TILES else _MANY
 
 
 @triton.jit(

@@ -26,19 +26,20 @@ def lora_expand(
     y: torch.Tensor,
     out_sizes: tuple[int, ...],
     launch: Launch | None = None,
-    beside: bool = False,
+    behind_shrink: bool = False,
     adds: bool = True,
 ) -> None:
     """As `kernels.lora_expand`, but for what follows.
 
     `work` is listed, and stands for segments and slices. planes: (parts, chunks, slices, T, modules · plane width), to
     be summed over `chunks`. scaling · plane is rounded to y's dtype before the product with Bᵀ. Every offset is a
-    multiple of 32. beside: the two launches right before this one are the product y, by `linear_triton`, and `lora_shrink`
-    beside it; for decode steps. adds: to y; if not, for decode steps, y is written where `work.has_adapter`.
+    multiple of 32. behind_shrink: the launch right before this one, in its stream, is the `lora_shrink` of its planes, and
+    the work of a decode step; B is read while that still ends. adds: to y; if not, for decode steps, y is written where
+    `work.has_adapter`.
     """
     if work.decode:
         tables = (offsets, widths, scalings)
-        lora_expand_decode(planes, pages, *tables, work, y, out_sizes, launch, beside, adds)
+        lora_expand_decode(planes, pages, *tables, work, y, out_sizes, launch, behind_shrink, adds)
         return
     if not adds:
         raise ValueError("only the expand of decode steps can do without adding to y")

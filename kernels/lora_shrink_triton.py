@@ -18,9 +18,8 @@ from manylora.kernels.dependent_launch import (
 from manylora.kernels.lora_work import ITEM_FIELDS, Launch, LoRAWork, num_programs
 
 _PREFILL = Launch(2, 128, 4, 3)
-# By the columns of a block of planes: a warp for every 16, and as much of A in flight as shared memory has room for.
-_DECODE = {16: Launch(4, 256, 1, 4), 32: Launch(4, 128, 2, 4), 64: Launch(4, 64, 4, 4)}
-_DECODE_BESIDE = {16: Launch(8, 128, 1, 5), 32: Launch(8, 64, 2, 5), 64: Launch(6, 64, 4, 4)}
+# By the columns of a block of planes: a warp for every 16, and programs that fit beside those of the base product.
+_DECODE = {16: Launch(8, 128, 1, 5), 32: Launch(8, 64, 2, 5), 64: Launch(6, 64, 4, 4)}
 _LINE = 128  # bytes of a cache line
 
 
@@ -45,7 +44,7 @@ def lora_shrink(
     num_chunks, _, num_tokens, columns = planes.shape
     features, modules = x.shape[1], offsets.shape[1]
     block_n = _block_of(columns)
-    launch = launch or (decode_launch(columns, beside) if work.decode else _PREFILL)
+    launch = launch or (_decode_launch(columns) if work.decode else _PREFILL)
     # Blocks are meant for elements of 2 bytes, and no wider than a chunk.
     block_k = min(
         launch.block * 2 // max(2, x.itemsize), triton.next_power_of_2(triton.cdiv(features, num_chunks))
@@ -95,10 +94,9 @@ def lora_shrink(
     )
 
 
-def decode_launch(columns: int, beside: bool) -> Launch:
+def _decode_launch(columns: int) -> Launch:
     """How it is launched for planes of so many columns in a decode step."""
-    launches = _DECODE_BESIDE if beside else _DECODE
-    return launches.get(_block_of(columns), launches[64])
+    return _DECODE.get(_block_of(columns), _DECODE[64])
 
 
 def _block_of(columns: int) -> int:

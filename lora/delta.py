@@ -23,7 +23,7 @@ class Place(Enum):
     """Where a delta is computed.
 
     BEFORE: its shrink before the base product, its expand after it. BEHIND: both right behind our own product, which the
-    shrink runs beside. APART: both on another stream, beside the library's product; what reads that adds the delta.
+    shrink runs beside. APART: both on another stream, beside the product; what reads that adds the delta.
     """
 
     BEFORE = auto()
@@ -34,11 +34,10 @@ class Place(Enum):
 class LoRADelta:
     """The delta of one (layer, site) on one rank. `site` indexes `SITES`.
 
-    With few tokens it runs beside the base product: where that is our own kernel, as dependent launches behind it. The
-    library's product, of more rows, is bound by arithmetic and leaves multiprocessors idle at its end: in a captured step of
-    up to `lora_work.DECODE_TOKENS` tokens the delta uses them, and the memory, from `side_stream`, which only layers have
-    whose reader can add. Where a collective follows the shrink, neither is done: beside the product it would need a
-    communicator of its own.
+    A captured step of up to `lora_work.DECODE_TOKENS` tokens computes it beside the base product from `side_stream`, which
+    only layers have whose reader can add: it uses what the product leaves idle as it begins and ends. Elsewhere, with few
+    tokens, it comes as dependent launches behind our own product. Where a collective follows the shrink, neither is done:
+    beside the product it would need a communicator of its own.
     """
 
     def __init__(
@@ -105,11 +104,11 @@ class LoRADelta:
     def _place(self, x: torch.Tensor, batch: LoRABatch) -> Place:
         if not self._beside or batch.work is None or not batch.work.decode or not x.is_cuda:
             return Place.BEFORE
+        if self._side_stream is not None and batch.captured:
+            return Place.APART
         from manylora.kernels import linear_triton
 
-        if linear_triton.is_faster(x):
-            return Place.BEHIND
-        return Place.APART if self._side_stream is not None and batch.captured else Place.BEFORE
+        return Place.BEHIND if linear_triton.is_faster(x) else Place.BEFORE
 
     def _shrink(self, x: torch.Tensor, batch: LoRABatch, beside: bool = False) -> torch.Tensor:
         """x·Aᵀ in planes of (chunks, slices, T, plane columns)."""
@@ -169,7 +168,7 @@ class LoRADelta:
             batch.work,
             y,
             self._out_sizes,
-            beside=place is Place.BEHIND,
+            behind_shrink=place is not Place.BEFORE,
             adds=place is not Place.APART,
         )
 

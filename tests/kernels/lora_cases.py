@@ -15,7 +15,7 @@ from manylora.kernels.lora_expand import lora_expand
 from manylora.kernels.lora_expand_triton import lora_expand as lora_expand_triton
 from manylora.kernels.lora_shrink import lora_shrink
 from manylora.kernels.lora_shrink_triton import lora_shrink as lora_shrink_triton
-from manylora.kernels.lora_work import Launch, LoRAWork
+from manylora.kernels.lora_work import LoRAWork
 from manylora.kernels.lora_work_triton import list_work
 
 NAN = float("nan")
@@ -160,34 +160,42 @@ class Site:
         parts: int = 1,
         *,
         adds: bool = True,
-        shrink: Launch | None = None,
     ) -> None:
         """Add the delta to y with the kernels, or write it there; as `parts` ranks with 1/parts of every slice's A each
-        would. shrink: how that is launched."""
+        would."""
         a_offsets, b_offsets, widths, scalings = self._device_tables
         columns = 16 * len(self.out_sizes) // parts
         gathered = []
         for part in range(parts):
             planes = work.planes(self.features, columns).fill_(NAN)
             pages = self._part(part, parts)
-            lora_shrink_triton(x, pages, a_offsets, widths, work, planes, parts, shrink)
+            lora_shrink_triton(x, pages, a_offsets, widths, work, planes, parts)
             gathered.append(planes.clone())
         pages = self.device_pages
         table = (b_offsets, widths, scalings)
         lora_expand_triton(torch.stack(gathered), pages, *table, work, y, self.out_sizes, adds=adds)
 
     def addend(self, work: LoRAWork, x: torch.Tensor, stream: torch.cuda.Stream | None = None) -> Addend:
-        """The delta of a decode step for what reads y to add; on `stream`, if there is one, which is then waited for."""
+        """The delta of a decode step for what reads y to add; on `stream`, if there is one: x is ready there, and it is
+        waited for.
+        """
         a_offsets, b_offsets, widths, scalings = self._device_tables
         planes = work.planes(self.features, 16 * len(self.out_sizes))
-        values = x.new_full((len(x), sum(self.out_sizes)), NAN)
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            values = x.new_full((len(x), sum(self.out_sizes)), NAN)
             lora_shrink_triton(x, self.device_pages, a_offsets, widths, work, planes, 1)
             table = (b_offsets, widths, scalings)
             pages = self.device_pages
-            lora_expand_triton(planes[None], pages, *table, work, values, self.out_sizes, adds=False)
+            lora_expand_triton(
+                planes[None],
+                pages,
+                *table,
+                work,
+                values,
+                self.out_sizes,
+                adds=False,
+                behind_shrink=stream is not None,
+            )
         if stream is not None:
             torch.cuda.current_stream().wait_stream(stream)
         return Addend(values, work.has_adapter)
@@ -198,7 +206,9 @@ class Site:
         planes = work.planes(self.features, 16 * len(self.out_sizes))
         lora_shrink_triton(x, self.device_pages, a_offsets, widths, work, planes, 1, beside=True)
         table = (b_offsets, widths, scalings)
-        lora_expand_triton(planes[None], self.device_pages, *table, work, y, self.out_sizes, beside=True)
+        lora_expand_triton(
+            planes[None], self.device_pages, *table, work, y, self.out_sizes, behind_shrink=True
+        )
 
     def _part(self, part: int, parts: int) -> torch.Tensor:
         """The pool of a rank: rows [part · width / parts, …) of every A, at the offset of the whole A."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ def make_graphs(runner: ModelRunner) -> tuple[DecodeGraphs, PiecewiseGraphs]:
 def with_graphs(runner: ModelRunner) -> ModelRunner:
     """The runner, which runs its steps by graphs and their pieces from now on."""
     graphs, pieces = make_graphs(runner)
+    gc.collect()  # whatever an earlier test pinned: unpinned in the middle of a capture, it would end that
     graphs.capture(show_progress=False)
     pieces.capture(show_progress=False)
     runner.use_graphs(graphs, pieces)
