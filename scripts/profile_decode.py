@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_common import Bench, Result, make_arguments, run_to_end
@@ -93,7 +94,7 @@ class StepShape:
 
 
 def build(bench: Bench, shape: StepShape, num_adapters: int, device: torch.device) -> Setup:
-    """Weights, exactly the pages that the steps need, the adapters in them, and graphs."""
+    """Weights, exactly the pages that the steps need, and the adapters in them."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     group = TPGroup(0, 1, device)
     model = load_model(bench.model, bench.model_dir, "dummy", dtype, device, group, seed=0, progress=False)
@@ -118,19 +119,25 @@ def build(bench: Bench, shape: StepShape, num_adapters: int, device: torch.devic
                 for index in range(num_adapters)
             ]
             attach_deltas(model, deltas, group, "slora")
-    if device.type == "cuda" and shape.new_tokens == 1:
-        graphs = DecodeGraphs(
-            runner.model_step,
-            model.logits,
-            state,
-            geometry,
-            max_rows=shape.batch,
-            exchanges_planes=False,
-            lora=num_adapters > 0,
-        )
-        graphs.capture(show_progress=False)
-        runner.use_graphs(graphs)
     return Setup(runner, slices, lora_pages, bench.model.vocab_size)
+
+
+def use_graphs(setup: Setup, max_rows: int) -> None:
+    """Capture decode steps of up to so many rows, with adapters if there are any, where that is possible."""
+    runner: Any = setup.runner
+    if not torch.cuda.is_available():
+        return
+    graphs = DecodeGraphs(
+        runner.model_step,
+        runner._model.logits,
+        runner._state,
+        runner._pool.geometry,
+        max_rows=max_rows,
+        exchanges_planes=False,
+        lora=bool(setup.slices),
+    )
+    graphs.capture(show_progress=False)
+    runner.use_graphs(graphs)
 
 
 def _make_resident(
@@ -264,6 +271,8 @@ def measure(bench: Bench, num_adapters: int) -> Result:
     shape = StepShape(args.batch, args.new_tokens, args.context)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     setup = build(bench, shape, num_adapters, device)
+    if shape.new_tokens == 1:
+        use_graphs(setup, shape.batch)
     plans = [make_plan(setup, shape, step) for step in range(WARM_UP_STEPS + STEPS)]
     run(setup.runner, plans[:WARM_UP_STEPS])
     result = profiled(setup, plans[WARM_UP_STEPS:], args.names)

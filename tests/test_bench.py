@@ -80,3 +80,14 @@ def test_short_steps_are_timed(tmp_path: Path) -> None:
     line = lines_of(path)["2x5K2"]
     assert (line["prompts"], line["tokens"], line["adapters"]) == (2, 5, 2)
     assert line["one_by_one_ms"] > 0
+
+
+def test_a_step_alone_is_timed(tmp_path: Path) -> None:
+    path = tmp_path / "step.jsonl"
+    done = run_script(
+        "bench_step", "--model-shape", "tiny", "--runs", "1", "--json", str(path), "--only", "B3K2", "B2K0"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = lines_of(path)
+    assert [(line["batch"], line["adapters"]) for line in lines.values()] == [(3, 2), (2, 0)]
+    assert all(line["step_ms"] > 0 for line in lines.values())
