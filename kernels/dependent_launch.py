@@ -3,8 +3,8 @@
 
 A kernel launched with `overlapping` calls `wait_for_earlier` in every program and on every path. What the kernel right
 before it wrote, or still reads, it may touch only after that. It calls `let_next_start`, if at all, only after its own
-wait; so when a kernel runs, all but the one right before it have ended, and what those wrote may be read at once.
-After a wait for another stream the same holds for the last kernels of both.
+wait; so when a kernel runs, all but the one right before it in its stream have ended, and what those wrote may be read at
+once. After a wait for another stream the same holds for the last kernels of both.
 One kernel is different: `lora_shrink` beside a product lets the next start at once and waits at its end. So behind it comes
 nothing but `lora_expand`, which reads only weights, tables and lists before its wait.
 """

@@ -44,7 +44,7 @@ def lora_shrink(
     num_chunks, _, num_tokens, columns = planes.shape
     features, modules = x.shape[1], offsets.shape[1]
     block_n = _block_of(columns)
-    launch = launch or (_decode_launch(columns) if work.decode else _PREFILL)
+    launch = launch or (decode_launch(columns) if work.decode else _PREFILL)
     # Blocks are meant for elements of 2 bytes, and no wider than a chunk.
     block_k = min(
         launch.block * 2 // max(2, x.itemsize), triton.next_power_of_2(triton.cdiv(features, num_chunks))
@@ -94,7 +94,7 @@ def lora_shrink(
     )
 
 
-def _decode_launch(columns: int) -> Launch:
+def decode_launch(columns: int) -> Launch:
     """How it is launched for planes of so many columns in a decode step."""
     return _DECODE.get(_block_of(columns), _DECODE[64])
 

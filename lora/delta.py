@@ -64,7 +64,7 @@ class LoRADelta:
         self._reduces = sharded and row_parallel
         first_column = group.rank * self._out_sizes[0] if self._reduces else 0
         self._y_columns = slice(first_column, first_column + sum(self._out_sizes))
-        self._beside = not sharded
+        self._exchanges = sharded
         self._side_stream = None if sharded else side_stream
 
     def begin(self, x: torch.Tensor, batch: LoRABatch) -> torch.Tensor | None:
@@ -102,7 +102,7 @@ class LoRADelta:
         return None
 
     def _place(self, x: torch.Tensor, batch: LoRABatch) -> Place:
-        if not self._beside or batch.work is None or not batch.work.decode or not x.is_cuda:
+        if self._exchanges or batch.work is None or not batch.work.decode or not x.is_cuda:
             return Place.BEFORE
         if self._side_stream is not None and batch.captured:
             return Place.APART

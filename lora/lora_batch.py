@@ -30,9 +30,9 @@ class Collectives(Protocol):
 class LoRABatch:
     """Views of the plan's sections: on the host for the reference ops, on the device with `work` for the kernels.
 
-    segments: (num_segments, 4) int32: first token, end token, first entry in `slices`, number of slices. Tokens outside
-        every segment have no adapter and cost nothing.
-    slices: (num_slice_refs,) int32: rows of the slice table, in the order of the adapter's slices.
+    segments: (num_segments, 4) of integers: first token, end token, first entry in `slices`, number of slices. Tokens
+        outside every segment have no adapter and cost nothing.
+    slices: (num_slice_refs,) of integers: rows of the slice table, in the order of the adapter's slices.
     max_slices: the most slices any segment has (≥ 1); a host integer.
     work: what the kernels go through instead; None where the reference ops run.
     captured: for a graph, where a second stream costs nothing; launched one by one, its events take longer than they gain.
@@ -67,7 +67,7 @@ class LoRABatch:
         return cls(segments, slices, max_slices, work, captured)
 
     def of_rows(self, offsets: torch.Tensor) -> LoRABatch:
-        """The same step with one token left of each row. offsets (R,) int64: the rows' first tokens, rising from 0."""
+        """The same step with one token left of each row, prepared. offsets (R,) int64: the rows' first tokens, rising."""
         ends = torch.searchsorted(offsets.contiguous(), self.segments[:, :2].contiguous())
         segments = torch.cat((ends.to(self.segments.dtype), self.segments[:, 2:]), 1)
         work = None if self.work is None else self.work.resized(segments, len(offsets))

@@ -22,6 +22,7 @@ from manylora.tp_worker.slot_state import SlotState
 from manylora.tp_worker.step_inputs import StepInputs
 from manylora.tp_worker.transfers import Columns, Download, Upload
 
+_NARROWED_FROM = 4  # tokens of the average row; of fewer, what is saved is no more than the few launches more
 PROMPT_LOGITS_BYTES = 1 << 28  # of fp32 logits that exist at once while prompt logprobs are computed
 _OUTSIDE_GRAPHS = (
     "slots",
@@ -135,7 +136,7 @@ class ModelRunner:
         pieces = self._pieces.find(plan.num_tokens, plan.max_slices) if self._pieces else None
         if pieces is None:
             inputs = self._step_inputs(plan, sections, self._lora_batch(plan, sections))
-            if plan.num_prefill_rows and not plan.count("prompt_lps"):
+            if plan.num_tokens >= _NARROWED_FROM * plan.num_rows and not plan.count("prompt_lps"):
                 inputs.narrow()
             hidden = self.model_step(inputs)
         else:

@@ -207,7 +207,7 @@ class PiecewiseGraphs:
         bucket = next((bucket for bucket in self._buckets if bucket >= num_tokens), None)
         if bucket is None or max_slices > _MAX_SLICES:
             return None
-        return self._graphs.get((bucket, max_slices > 0))
+        return self._graphs[bucket, max_slices > 0]
 
     def _wanted(self) -> list[tuple[int, bool]]:
         return [(bucket, lora) for bucket in reversed(self._buckets) for lora in self._with_lora]

@@ -19,7 +19,8 @@ from manylora.tp_worker.model_runner import ModelRunner
 # A step's tokens and rows decide which kernels it takes: one of each range, as their launch code divides them.
 _TOKENS = (8, 40, 64, 128, 512, 4096, 40 * 2048)
 _ROWS = (1, 40, 300)
-_TOKENS_OF_MANY = (32, 64)  # with many adapters, which the LoRA kernels tell from few where tokens are few
+# With many adapters, which the LoRA kernels tell from few: of few chunks, and of many; both behind our own product.
+_TOKENS_OF_MANY = (32, 64)
 _FEW_ROWS = (10, 20)  # of one token and as many more: between the powers of two of the products' kernels
 
 

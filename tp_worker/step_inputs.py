@@ -35,22 +35,17 @@ class StepInputs:
     def narrow(self) -> None:
         """Want nothing but what each row ends with: behind the last KV written, no other token is computed."""
         _, _, num_new, offsets = self.rows.unbind(1)
-        tokens = offsets + num_new - 1
-        alone = replace(
-            self,
-            num_prefill_rows=0,
-            num_prefill_tokens=0,
-            token_ids=self.token_ids[tokens],
-            positions=self.positions[tokens],
-            kv_slots=self.kv_slots[tokens],
-            lora=self.lora.of_rows(offsets) if self.lora is not None else None,
-        )
-        self.narrowed = Narrowed(tokens, alone)
+        lora = self.lora.of_rows(offsets) if self.lora is not None else None
+        alone = replace(self, num_prefill_rows=0, num_prefill_tokens=0, lora=lora)
+        self.narrowed = Narrowed(offsets + num_new - 1, alone)
 
 
 @dataclass(slots=True)
 class Narrowed:
-    """Each row's last token, by its index in the step (R,) int64, and the step of these alone: decode rows, all of them."""
+    """Each row's last token, by its index in the step (R,) int64, and the step of these alone: decode rows, all of them.
+
+    What the layers have no more use for, having embedded, rotated and stored all tokens, is left in `inputs` as it was.
+    """
 
     tokens: torch.Tensor
     inputs: StepInputs

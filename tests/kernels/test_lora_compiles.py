@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from manylora.kernels.lora_expand_triton import lora_expand
-from manylora.kernels.lora_shrink_triton import lora_shrink
+from manylora.kernels.lora_shrink_triton import decode_launch, lora_shrink
 from manylora.kernels.lora_work import LoRAWork
 from manylora.kernels.lora_work_triton import list_work
 from manylora.kernels.sampling_triton import sample, uniform
@@ -20,12 +20,10 @@ torch.set_num_threads(1)
 BF16 = torch.bfloat16
 SHARED_OF_AN_SM, RESERVED = 228 << 10, 1 << 10  # bytes; the second of every program
 SITES = {"qkv": (4096, (4096, 1024, 1024)), "gate_up": (4096, (14336, 14336)), "down": (14336, (4096,))}
-# On an SM, as far as shared memory goes.
-SHRINK_PROGRAMS = {"qkv": 4, "gate_up": 6, "down": 6}
 
 
 def compiled_site(
-    num_tokens: int, features: int, out_sizes: tuple[int, ...], adds: bool = True
+    num_tokens: int, features: int, out_sizes: tuple[int, ...], apart: bool = False
 ) -> dict[str, Any]:
     ids = torch.zeros(4, dtype=torch.int64)
     pages, modules = torch.zeros(64, dtype=BF16), len(out_sizes)
@@ -38,17 +36,18 @@ def compiled_site(
         list_work(work)
         planes = work.planes(features, 16 * modules)
         lora_shrink(x, pages, offsets, widths, work, planes, 1)
-        lora_expand(planes[None], pages, offsets, widths, scalings, work, y, out_sizes, adds=adds)
+        tables = (offsets, widths, scalings)
+        lora_expand(planes[None], pages, *tables, work, y, out_sizes, behind_shrink=apart, adds=not apart)
     return compiled
 
 
-@pytest.mark.parametrize(("num_tokens", "adds"), [(1, True), (64, True), (256, False)])
+@pytest.mark.parametrize(("num_tokens", "apart"), [(1, True), (64, True), (64, False), (256, True)])
 @pytest.mark.parametrize("site", SITES)
-def test_decode_copies_weights_16_bytes_at_a_time_and_ahead(site: str, num_tokens: int, adds: bool) -> None:
+def test_decode_copies_weights_16_bytes_at_a_time_and_ahead(site: str, num_tokens: int, apart: bool) -> None:
     features, out_sizes = SITES[site]
-    compiled = compiled_site(num_tokens, features, out_sizes, adds)
+    compiled = compiled_site(num_tokens, features, out_sizes, apart)
     assert compiled.keys() == {"_list_work", "_lora_shrink", "_lora_expand_decode"}
-    check_copies(compiled["_lora_shrink"], SHRINK_PROGRAMS[site])
+    check_copies(compiled["_lora_shrink"], decode_launch(16 * len(out_sizes)).programs)
     expand = compiled["_lora_expand_decode"]
     check_copies(expand, 4)
     assert "cp.async.bulk.prefetch.L2" in expand.asm["ptx"]

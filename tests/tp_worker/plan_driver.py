@@ -39,16 +39,21 @@ MAX_PAGES = 16  # of one sequence
 
 
 def build_runner(
-    model_dir: Path, device: str = "cpu", adapters: Adapters = MappingProxyType({})
+    model_dir: Path,
+    device: str = "cpu",
+    adapters: Adapters = MappingProxyType({}),
+    dtype: torch.dtype = torch.float32,
 ) -> ModelRunner:
-    """A runner over a real model in float32, with every slot dirty, and every page but those of `adapters`."""
+    """A runner over a real model, with every slot dirty, and every page but those of `adapters`."""
     config = load_model_config(model_dir)
     target = torch.device(device)
     group = init_tp_group(0, 1, target, model_dir)
-    model = load_model(config, model_dir, "auto", torch.float32, target, group, seed=0, progress=False)
-    geometry = pool_geometry(config, tp_size=1, sharding="slora", page_size=PAGE_SIZE, itemsize=4)
+    model = load_model(config, model_dir, "auto", dtype, target, group, seed=0, progress=False)
+    geometry = pool_geometry(
+        config, tp_size=1, sharding="slora", page_size=PAGE_SIZE, itemsize=dtype.itemsize
+    )
     adapter_pages = range(NUM_PAGES, NUM_PAGES + NUM_ADAPTER_PAGES) if adapters else range(0)
-    pool = PagePool(geometry, NUM_PAGES + len(adapter_pages), torch.float32, target)
+    pool = PagePool(geometry, NUM_PAGES + len(adapter_pages), dtype, target)
     pool.elements.fill_(torch.nan)
     if adapters:
         make_resident(adapters, pool, adapter_pages, model, config, group)

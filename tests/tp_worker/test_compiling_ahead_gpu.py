@@ -45,7 +45,7 @@ def test_nothing_is_left_to_compile(tiny_models: TinyModels, tmp_path: Path, lat
         server_config(model_dir, tmp_path),
         model=ModelArgs(model_path="m", model_dir=str(model_dir), device="cuda", dtype="bfloat16"),
         cache=CacheArgs(page_size=16, host_fraction=0.001, mem_fraction_static=0.2),
-        # Graphs of more rows than our own product takes: their deltas are apart.
+        # Also graphs of more rows than our own product takes.
         schedule=ScheduleArgs(max_running_requests=130, cuda_graph_max_bs=130),
     )
     worker = Worker(config, 0, torch.device("cuda", 0))

@@ -90,6 +90,32 @@ def test_chunks_and_mixed_rows_give_the_reference_tokens(
     assert answers[1] == reference.generate(None, OTHER, 7).tokens
 
 
+def test_what_nobody_wants_is_not_computed(
+    runner: ModelRunner, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last layer's KV, steps with prompts go on with what their rows end with, if that is all they are asked."""
+    counts: list[int] = []
+    model: Any = runner._model
+    forward = model.forward
+
+    def counting(*args: Any) -> torch.Tensor:
+        hidden = forward(*args)
+        counts.append(len(hidden))
+        return hidden
+
+    monkeypatch.setattr(model, "forward", counting)
+    driver.take_slot(0, GREEDY, PROMPT)
+    run(runner, driver.plan([(0, 0, PROMPT[:8])], samples=[]))
+    driver.take_slot(1, GREEDY, OTHER)
+    run(runner, driver.plan([(0, 8, PROMPT[8:]), (1, 0, OTHER)]))
+    run(runner, driver.decode({0: len(PROMPT), 1: len(OTHER)}))
+    driver.take_slot(2, GREEDY, PROMPT)
+    run(runner, driver.plan([(2, 0, PROMPT), (0, len(PROMPT) + 1, [-1])]))
+    driver.take_slot(3, GREEDY, PROMPT)
+    run(runner, driver.plan([(3, 0, PROMPT)], prompt_lps=[(4, PROMPT[5], 1)]))
+    assert counts == [1, 2, 2, 2, len(PROMPT)]
+
+
 def test_plans_launched_before_any_result_is_read(
     runner: ModelRunner, driver: Driver, reference: Reference
 ) -> None:

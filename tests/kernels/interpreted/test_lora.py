@@ -76,6 +76,23 @@ def test_a_prefill_step_with_decode_rows() -> None:
     check(site, runs, torch.float32)
 
 
+@pytest.mark.parametrize("counts", [[(150, 1), (99, None), (64, 3)], [(9, 2), (4, None), (11, 0)]], ids=str)
+def test_one_token_of_each_row_in_the_planes_of_all(counts: list[tuple[int, int | None]]) -> None:
+    """A step of some prompts, each with its adapter, then their last tokens alone: what the first left is not read."""
+    site = Site(160, (24, 136), RANKS, torch.float32, absent=[(1, 1)])
+    whole, rows = site.work(counts), [(1, adapter) for _, adapter in counts]
+    segments, slices, _ = site.step(rows)
+    assert slices.tolist() == whole.slices.tolist()
+    work = whole.resized(segments.long(), len(rows))
+    list_work(work)
+    whole.planes(site.features, 32).fill_(NAN)
+    assert work.planes(160, 32).data_ptr() == whole.planes(160, 32).data_ptr()
+    x, y = torch.randn(len(rows), 160), torch.randn(len(rows), 160)
+    expected = site.expected(rows, x, y)
+    site.apply(work, x, y)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_planes_gathered_from_ranks(parts: int) -> None:
     site = Site(48, (32, 16), (16, 8, 40), torch.float32, absent=[(2, 0)])
