@@ -10,6 +10,7 @@ base products at --gemm if that takes longer. One engine serves all rows. Any ro
 
 from __future__ import annotations
 
+import argparse
 import re
 
 from bench_common import WARM_UP_TOKENS, Bench, Result, make_arguments, median_of, rounded, run_to_end
@@ -47,14 +48,6 @@ def measure(bench: Bench, engine: Engine, batch: int, num_adapters: int) -> Resu
     ]
     step_ms = median_of(steps := [run.step_ms for run in runs])
     context = median_of([run.context for run in runs], 1)
-    floor = floor_ms(
-        bench.model,
-        batch,
-        context,
-        num_adapters * bench.args.rank,
-        bandwidth=bench.args.bandwidth * 1e12,
-        flops=bench.args.gemm * 1e12,
-    )
     return {
         "batch": batch,
         "adapters": num_adapters,
@@ -64,13 +57,25 @@ def measure(bench: Bench, engine: Engine, batch: int, num_adapters: int) -> Resu
         "context": context,
         "step_ms": step_ms,
         "spread_ms": round(max(steps) - min(steps), 3),
-        "floor_ms": float(f"{floor:.4g}"),
-        "ratio": round(step_ms / floor, 3),
+        **floor_of(bench, step_ms, batch, context, num_adapters * bench.args.rank),
         "tokens_per_s": round(1e3 * batch / step_ms, 1),
         "first_tokens_s": median_of([run.first_tokens_s for run in runs]),
         "runs_ms": rounded(steps),
         "steps": [run.steps for run in runs],
     }
+
+
+def floor_of(bench: Bench, step_ms: float, batch: int, context: float, ranks: int) -> Result:
+    """The step's floor, and how many of it were measured. ranks: the sum over its adapters."""
+    rates = {"bandwidth": bench.args.bandwidth * 1e12, "flops": bench.args.gemm * 1e12}
+    floor = floor_ms(bench.model, batch, context, ranks, **rates)
+    return {"floor_ms": float(f"{floor:.4g}"), "ratio": round(step_ms / floor, 3)}
+
+
+def add_floor_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the floor is made of."""
+    parser.add_argument("--bandwidth", type=float, default=4.26, help="TB/s; default: measured on an H200")
+    parser.add_argument("--gemm", type=float, default=796.0, help="TFLOP/s; default: measured on an H200")
 
 
 def name_of(index: int) -> str:
@@ -94,6 +99,5 @@ if __name__ == "__main__":
         "--all", action="store_true", help="every B and K, not only the rows of docs/benchmarks.md"
     )
     parser.add_argument("--rank", type=int, default=16, help="of every adapter (default: 16)")
-    parser.add_argument("--bandwidth", type=float, default=4.26, help="TB/s; default: measured on an H200")
-    parser.add_argument("--gemm", type=float, default=796.0, help="TFLOP/s; default: measured on an H200")
+    add_floor_arguments(parser)
     run_to_end(Bench("decode", parser, COLUMNS), main)

@@ -14,7 +14,7 @@ import time
 
 import torch
 from bench_common import Bench, Result, make_arguments, run_to_end
-from profile_decode import PAGE_SIZE, Setup, StepShape, build, make_plan, wait
+from bench_runner import PAGE_SIZE, RANK, Setup, StepShape, build, make_plan, the_device, wait
 
 from manylora.tp_worker.piecewise_graph import LARGEST_BUCKET, PiecewiseGraphs
 
@@ -59,8 +59,7 @@ def time_steps(setup: Setup, shape: StepShape, first_step: int) -> float:
 
 def measure(bench: Bench, row: str) -> Result:
     shape, num_adapters = parse_row(row)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    setup = build(bench, shape, num_adapters, device)
+    setup = build(bench, shape, [RANK] * num_adapters, device := the_device())
     runner = setup.runner
     ways: dict[str, PiecewiseGraphs | None] = {"one_by_one_ms": None}
     if device.type == "cuda" and shape.batch * shape.new_tokens <= LARGEST_BUCKET:

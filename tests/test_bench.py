@@ -85,9 +85,19 @@ def test_short_steps_are_timed(tmp_path: Path) -> None:
 def test_a_step_alone_is_timed(tmp_path: Path) -> None:
     path = tmp_path / "step.jsonl"
     done = run_script(
-        "bench_step", "--model-shape", "tiny", "--runs", "1", "--json", str(path), "--only", "B3K2", "B2K0"
+        "bench_step",
+        "--model-shape",
+        "tiny",
+        "--runs",
+        "1",
+        "--json",
+        str(path),
+        "--only",
+        "B3K2r8+24",
+        "B2K0",
     )
     assert done.returncode == 0, done.stderr
     lines = lines_of(path)
-    assert [(line["batch"], line["adapters"]) for line in lines.values()] == [(3, 2), (2, 0)]
-    assert all(line["step_ms"] > 0 for line in lines.values())
+    found = [(line["batch"], line["ranks"]) for line in lines.values()]
+    assert found == [(3, {"8": 1, "24": 1}), (2, {})]
+    assert all(line["step_ms"] > line["floor_ms"] > 0 for line in lines.values())
