@@ -75,8 +75,9 @@ class Ledger:
         assert memory.tree.num_pages == len(nodes)
         assert memory.num_kv_pages == len(nodes) + len(own_pages) <= memory.max_kv_pages
         refs = Counter(id(node) for s in roster.running for node in s.nodes)
-        assert all(node.refs == refs[id(node)] for node in nodes), "a lock without a running sequence"
-        idle = sum(not node.refs for node in nodes)
+        locked = {id(node): node.refs for node in nodes if node.refs}
+        assert locked == refs, "a lock without a running sequence"
+        idle = len(nodes) - len(locked)
         idle_adapters = sum(len(v.pages) for v in memory.resident.values() if v.is_idle)
         assert memory.tree.num_idle == idle
         assert memory.num_cached == idle + idle_adapters

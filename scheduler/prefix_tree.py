@@ -61,6 +61,7 @@ class PrefixTree:
             tuple[int, int, Node]
         ] = []  # heap of (last_use, tie-break, idle leaf); may be stale
         self._pushed = 0
+        self._max_leaves = 64
 
     def match(self, namespace: int, tokens: bytes, limit: int) -> Match:
         """The longest cached prefix of packed `tokens`, at most `limit` tokens."""
@@ -141,9 +142,14 @@ class PrefixTree:
     def drop(self, namespace: int) -> None:
         """Forget a whole namespace; nobody may be using it."""
         root = self._roots.pop(namespace, None)
-        for node in list(_subtree(root)) if root else ():
+        if root is None:
+            return
+        nodes = list(_subtree(root))
+        root.children.clear()
+        for node in nodes:
             assert node.refs == 0
             self._discard(node)
+            node.children.clear()  # else it and they would refer to each other, and wait for the garbage collector
 
     def clear(self) -> None:
         for namespace in list(self._roots):
@@ -163,11 +169,16 @@ class PrefixTree:
             return
         self._pushed += 1
         heapq.heappush(self._leaves, (node.last_use, self._pushed, node))
-        if len(self._leaves) > 64 + 2 * self.num_pages:
-            leaves = {leaf for _, _, leaf in self._leaves if _is_idle_leaf(leaf)}
-            self._leaves = [(leaf.last_use, order, leaf) for order, leaf in enumerate(leaves)]
-            self._pushed = len(leaves)
-            heapq.heapify(self._leaves)
+        if len(self._leaves) > self._max_leaves:
+            self._forget_stale()
+
+    def _forget_stale(self) -> None:
+        """Keep the true candidates alone. Twice as many may come before the next time, so that a push costs little."""
+        leaves = {leaf for _, _, leaf in self._leaves if _is_idle_leaf(leaf)}
+        self._leaves = [(leaf.last_use, order, leaf) for order, leaf in enumerate(leaves)]
+        self._pushed = len(leaves)
+        self._max_leaves = 64 + 2 * len(leaves)
+        heapq.heapify(self._leaves)
 
     def _remove(self, node: Node) -> None:
         assert _is_idle_leaf(node)

@@ -9,7 +9,6 @@ adapters of --lora-paths; tells the front; then sleeps in one poll over all pipe
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import math
 import sys
@@ -42,6 +41,7 @@ from manylora.runtime.messages import (
 from manylora.runtime.model_config import DTYPE_BYTES, load_model_config
 from manylora.scheduler.file_remover import FileRemover
 from manylora.scheduler.grammar_threads import GrammarThreads
+from manylora.scheduler.quiet_time import QuietTime, leave_old_garbage
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
 
 logger = logging.getLogger("manylora.scheduler")
@@ -83,7 +83,7 @@ class SchedulerProcess:
         self._poller.register(self._grammars.fileno(), zmq.POLLIN)
         self._stopping = False
         self._start_reply: AdapterReply | None = None
-        self._checked = False
+        self._quiet_time = QuietTime()
 
     def run(self) -> None:
         """Serve until the supervisor says Shutdown. Raises what ends the engine."""
@@ -98,10 +98,11 @@ class SchedulerProcess:
             return
         self._front.send(self._server_info(ready))
         self._context.ready()
-        gc.collect()
-        gc.freeze()
+        leave_old_garbage()
         while not self._stopping:
             self._turn()
+        if self._scheduler.idle:
+            self._scheduler.check()
 
     def close(self) -> None:
         """Let workers and loader end in order. What was sent before still leaves."""
@@ -202,7 +203,7 @@ class SchedulerProcess:
     def _turn(self) -> None:
         """Sleep until a message is here, handle all that are, plan what they allow, send what came of it."""
         scheduler = self._scheduler
-        ready = dict(self._poller.poll(_milliseconds(scheduler.seconds_to_due)))
+        ready = dict(self._poller.poll(_milliseconds(self._seconds_to_due())))
         if self._supervisor.socket in ready:
             self._handle_supervisor()
         if self._stopping:  # the front listens no longer
@@ -227,11 +228,12 @@ class SchedulerProcess:
         self._exchange_masks()
         scheduler.schedule()
         self._flush()
-        if not scheduler.idle:
-            self._checked = False
-        elif not self._checked:
-            scheduler.check()
-            self._checked = True
+        self._quiet_time.use(scheduler)
+
+    def _seconds_to_due(self) -> float | None:
+        """How long the next turn may sleep; None: until a message comes."""
+        due, quiet = self._scheduler.seconds_to_due, self._quiet_time.seconds_to_due
+        return min(due, quiet) if due is not None and quiet is not None else due or quiet
 
     def _exchange_masks(self) -> None:
         scheduler, grammars = self._scheduler, self._grammars

@@ -103,3 +103,13 @@ def test_a_step_alone_is_timed(tmp_path: Path) -> None:
     for line in lines.values():
         assert line["slowest_ms"] == max(line["runs_ms"]) >= line["step_ms"] > line["floor_ms"] > 0
         assert len(line["runs_ms"]) == 2
+
+
+def test_the_schedulers_own_time_is_measured_with_a_full_cache(tmp_path: Path) -> None:
+    path = tmp_path / "scheduler.jsonl"
+    sizes = ["--pages", "400", "--steps", "30", "--only", "16x8"]
+    done = run_script("bench_scheduler", "--model-shape", "tiny", "--json", str(path), *sizes)
+    assert done.returncode == 0, done.stderr
+    line = lines_of(path)["16x8"]
+    assert (line["steps"], line["pages"]) == (30, 400)
+    assert 0 < line["p50_ms"] <= line["p99_ms"] <= line["p99_9_ms"] <= line["max_ms"]
