@@ -35,7 +35,7 @@ class Memory:
             self.max_kv_pages = min(limits.num_pages, max_total_tokens // page_size)
         self.pages = IdPool(limits.num_pages, clock)
         self.slices = IdPool(limits.num_slices, clock)
-        self.tree = PrefixTree(page_size, clock, self._free_kv_page)
+        self.tree = PrefixTree(page_size, clock, self.free_kv)
         self.resident: dict[int, Version] = {}  # by version id; with those being copied
         self.num_kv_pages = 0  # the tree's and the sequences' own
         self._clock = clock
@@ -65,9 +65,6 @@ class Memory:
     def free_kv(self, pages: list[int]) -> None:
         self.num_kv_pages -= len(pages)
         self.pages.free(pages)
-
-    def _free_kv_page(self, page: int) -> None:
-        self.free_kv([page])
 
     # ---- adapters -----------------------------------------------------------------------------------------------
 

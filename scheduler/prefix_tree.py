@@ -50,12 +50,12 @@ class Match(NamedTuple):
 
 
 class PrefixTree:
-    def __init__(self, page_size: int, clock: StepClock, free_page: Callable[[int], None]) -> None:
+    def __init__(self, page_size: int, clock: StepClock, free_pages: Callable[[list[int]], None]) -> None:
         self.num_pages = 0
         self.num_idle = 0  # pages with refs == 0
         self._page_bytes = page_size * TOKEN_BYTES
         self._clock = clock
-        self._free_page = free_page
+        self._free_pages = free_pages
         self._roots: dict[int, Node] = {}
         self._leaves: list[
             tuple[int, int, Node]
@@ -145,11 +145,9 @@ class PrefixTree:
         if root is None:
             return
         nodes = list(_subtree(root))
-        root.children.clear()
-        for node in nodes:
-            assert node.refs == 0
-            self._discard(node)
-            node.children.clear()  # else it and they would refer to each other, and wait for the garbage collector
+        self._discard(nodes)
+        for node in (root, *nodes):
+            node.children.clear()  # else nodes would refer to each other, and wait for the garbage collector
 
     def clear(self) -> None:
         for namespace in list(self._roots):
@@ -186,13 +184,15 @@ class PrefixTree:
         assert parent is not None
         del parent.children[node.key]
         del parent.keys[bisect_left(parent.keys, node.key)]
-        self._discard(node)
+        self._discard([node])
 
-    def _discard(self, node: Node) -> None:
-        self.num_pages -= 1
-        self.num_idle -= 1
-        self._free_page(node.page)
-        node.page = -1
+    def _discard(self, nodes: list[Node]) -> None:
+        assert not any(node.refs for node in nodes)
+        self.num_pages -= len(nodes)
+        self.num_idle -= len(nodes)
+        self._free_pages([node.page for node in nodes])
+        for node in nodes:
+            node.page = -1
 
 
 def _is_idle_leaf(node: Node) -> bool:

@@ -18,7 +18,7 @@ def packed(*tokens: int) -> bytes:
 class Fixture:
     def __init__(self) -> None:
         self.freed: list[int] = []
-        self.tree = PrefixTree(SIZE, StepClock(), self.freed.append)
+        self.tree = PrefixTree(SIZE, StepClock(), self.freed.extend)
 
     def put(self, tokens: list[int], pages: list[int], namespace: int = 0) -> list[Node]:
         """Insert a prefix, the last page maybe partly filled."""
