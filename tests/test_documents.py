@@ -40,7 +40,7 @@ OTHER_FLAGS = {
         "--off",
         "--help",
     ),
-    *("--gpus", "--shm-size", "--sweep", "--model-shape", "--out"),
+    *("--gpus", "--shm-size", "--sweep", "--model-shape", "--only", "--runs", "--out"),
 }
 PEERS = "docs/migration.md"
 # The page speaks of another program's flags, too.
