@@ -203,7 +203,8 @@ class SchedulerProcess:
     def _turn(self) -> None:
         """Sleep until a message is here, handle all that are, plan what they allow, send what came of it."""
         scheduler = self._scheduler
-        ready = dict(self._poller.poll(_milliseconds(self._seconds_to_due())))
+        due = (scheduler.seconds_to_due, self._quiet_time.seconds_to_due)
+        ready = dict(self._poller.poll(milliseconds_to_first(*due)))
         if self._supervisor.socket in ready:
             self._handle_supervisor()
         if self._stopping:  # the front listens no longer
@@ -229,11 +230,6 @@ class SchedulerProcess:
         scheduler.schedule()
         self._flush()
         self._quiet_time.use(scheduler)
-
-    def _seconds_to_due(self) -> float | None:
-        """How long the next turn may sleep; None: until a message comes."""
-        due, quiet = self._scheduler.seconds_to_due, self._quiet_time.seconds_to_due
-        return min(due, quiet) if due is not None and quiet is not None else due or quiet
 
     def _exchange_masks(self) -> None:
         scheduler, grammars = self._scheduler, self._grammars
@@ -294,8 +290,11 @@ class SchedulerProcess:
                 path.unlink(missing_ok=True)  # the remover may be at it
 
 
-def _milliseconds(seconds: float | None) -> int | None:
-    """How long to poll: rounded up, so that it is time when it ends; and no longer than fits a C integer."""
+def milliseconds_to_first(*due: float | None) -> int | None:
+    """How long to poll until the first is due, given seconds, None for never: rounded up, so that it is time when it ends; and
+    no longer than fits a C integer.
+    """
+    seconds = min((moment for moment in due if moment is not None), default=None)
     return None if seconds is None else min(_LONGEST_POLL_MS, math.ceil(seconds * 1000))
 
 

@@ -41,6 +41,7 @@ from manylora.runtime.messages import (
     WorkerReady,
     WorkerToScheduler,
 )
+from manylora.scheduler.process import milliseconds_to_first
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -145,6 +146,22 @@ def test_the_front_is_told_what_the_smallest_rank_has_room_for(peers: Peers) -> 
     assert info.max_total_tokens == 90 * 16
     assert (info.context_length, info.dtype, info.device) == (512, "float32", "cpu")
     assert (info.model_dir, info.tokenizer_dir) == (peers.config.run_dir, "t")
+
+
+@pytest.mark.parametrize(
+    ("due", "milliseconds"),
+    [
+        ((None, None), None),
+        ((0.0, None), 0),
+        ((None, 0.0), 0),
+        ((0.0201, 1.0), 21),
+        ((1e12, None), 3_600_000),
+    ],
+)
+def test_it_sleeps_until_the_first_thing_is_due(
+    due: tuple[float | None, ...], milliseconds: int | None
+) -> None:
+    assert milliseconds_to_first(*due) == milliseconds
 
 
 def test_shutdown_reaches_everyone(peers: Peers) -> None:
