@@ -18,7 +18,7 @@ another takes the tree's and frees its own.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ TOKEN_BYTES = 4
 
 
 class Node:
-    __slots__ = ("children", "key", "keys", "last_use", "page", "parent", "refs")
+    __slots__ = ("children", "key", "keys", "last_use", "listed", "page", "parent", "refs")
 
     def __init__(self, parent: Node | None, key: bytes, page: int, last_use: int) -> None:
         self.parent = parent
@@ -36,6 +36,7 @@ class Node:
         self.page = page  # -1: a root, or no longer in the tree
         self.refs = 0  # sequences that read this page
         self.last_use = last_use
+        self.listed = False  # among the candidates for eviction
         self.children: dict[bytes, Node] = {}
         self.keys: list[bytes] = []  # of the children, sorted
 
@@ -57,9 +58,9 @@ class PrefixTree:
         self._clock = clock
         self._free_pages = free_pages
         self._roots: dict[int, Node] = {}
-        self._leaves: list[
-            tuple[int, int, Node]
-        ] = []  # heap of (last_use, tie-break, idle leaf); may be stale
+        # Candidates for eviction, each once: a heap of (last_use, tie-break, leaf) as they were when they came. What was used
+        # or has gone since is put right when it comes to the top.
+        self._leaves: list[tuple[int, int, Node]] = []
         self._pushed = 0
         self._max_leaves = 64
 
@@ -93,29 +94,39 @@ class PrefixTree:
         if nodes:
             self._offer(nodes[-1])
 
-    def insert(self, namespace: int, parent: Node | None, key: bytes, page: int) -> Node:
-        """Give `page` to the tree as `key` below `parent` (None: the root).
+    def insert(
+        self, namespace: int, parent: Node | None, key: bytes, page: int, *, lock: bool = False
+    ) -> Node:
+        """Give `page` to the tree as `key` below `parent` (None: the root), and lock its node if asked to.
 
         Returns the node that holds the key's tokens: if its page is another one, the tree had them and the page stays
         the caller's.
         """
         if parent is None:
             parent = self._roots.setdefault(namespace, Node(None, b"", -1, 0))
+        node = self._find(parent, key)
+        if node is None:
+            node = Node(parent, key, page, self._clock.use())
+            parent.children[key] = node
+            insort(parent.keys, key)
+            self.num_pages += 1
+            self.num_idle += 1
+        if lock:
+            self.lock((node,))
+        else:
+            self._offer(node)
+        return node
+
+    def _find(self, parent: Node, key: bytes) -> Node | None:
+        """The child that holds the key's tokens, and maybe more. A shorter one that the key is to supersede goes."""
         if found := parent.children.get(key):
             return found
         index = bisect_left(parent.keys, key)
         if index < len(parent.keys) and parent.keys[index].startswith(key):
             return parent.children[parent.keys[index]]
-        if index and key.startswith(parent.keys[index - 1]):  # a shorter tail, now superseded
-            index -= 1
-            self._remove(parent.children[parent.keys[index]])
-        node = Node(parent, key, page, self._clock.use())
-        parent.children[key] = node
-        parent.keys.insert(index, key)
-        self.num_pages += 1
-        self.num_idle += 1
-        self._offer(node)
-        return node
+        if index and key.startswith(parent.keys[index - 1]):
+            self._remove(parent.children[parent.keys[index - 1]])
+        return None
 
     def oldest_idle(self) -> Node | None:
         """The idle leaf unused for longest."""
@@ -124,6 +135,8 @@ class PrefixTree:
             if _is_idle_leaf(node) and node.last_use == last_use:
                 return node
             heapq.heappop(self._leaves)
+            node.listed = False
+            self._offer(node)
         return None
 
     def evict(self, node: Node) -> None:
@@ -163,20 +176,24 @@ class PrefixTree:
 
     def _offer(self, node: Node) -> None:
         """Make `node` a candidate for eviction if it is an idle leaf."""
-        if not _is_idle_leaf(node):
+        if node.listed or not _is_idle_leaf(node):
             return
+        if len(self._leaves) >= self._max_leaves:
+            self._forget_gone()
         self._pushed += 1
         heapq.heappush(self._leaves, (node.last_use, self._pushed, node))
-        if len(self._leaves) > self._max_leaves:
-            self._forget_stale()
+        node.listed = True
 
-    def _forget_stale(self) -> None:
-        """Keep the true candidates alone. Twice as many may come before the next time, so that a push costs little."""
-        leaves = {leaf for _, _, leaf in self._leaves if _is_idle_leaf(leaf)}
-        self._leaves = [(leaf.last_use, order, leaf) for order, leaf in enumerate(leaves)]
-        self._pushed = len(leaves)
-        self._max_leaves = 64 + 2 * len(leaves)
-        heapq.heapify(self._leaves)
+    def _forget_gone(self) -> None:
+        """Keep the candidates that are some. As many may come before the next time, so that each costs little."""
+        kept = [entry for entry in self._leaves if _is_idle_leaf(entry[2])]
+        for _, _, node in self._leaves:
+            node.listed = False
+        for _, _, node in kept:
+            node.listed = True
+        heapq.heapify(kept)
+        self._leaves = kept
+        self._max_leaves = 64 + 2 * len(kept)
 
     def _remove(self, node: Node) -> None:
         assert _is_idle_leaf(node)

@@ -68,12 +68,12 @@ class SequenceMemory:
         while (len(nodes) + 1) * size <= written:
             index = len(nodes)
             key = sequence.tokens[index * size : (index + 1) * size].tobytes()
-            node = self._tree.insert(sequence.namespace, nodes[-1] if nodes else None, key, pages[index])
+            parent = nodes[-1] if nodes else None
+            node = self._tree.insert(sequence.namespace, parent, key, pages[index], lock=True)
             if node.page != pages[index]:  # somebody computed the same tokens: share theirs
                 self._memory.free_kv([pages[index]])
                 pages[index] = node.page
                 self._moved.append((sequence, sequence.generation, index))
-            self._tree.lock((node,))
             nodes.append(node)
 
     def leave(self, sequence: Sequence, *, trusted: bool = True) -> None:

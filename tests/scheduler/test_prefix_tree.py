@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from array import array
+
+import pytest
 
 from manylora.scheduler.id_pool import StepClock
 from manylora.scheduler.prefix_tree import Node, PrefixTree
@@ -118,13 +121,57 @@ def test_drop_frees_a_namespace_and_no_other() -> None:
     assert f.tree.num_pages == 1
 
 
-def test_the_list_of_candidates_stays_bounded() -> None:
+def test_a_hit_adds_no_candidate() -> None:
     f = Fixture()
     path = f.put([1, 2], [10])
     for _ in range(1000):
         f.tree.lock(path)
         f.tree.unlock(path)
-    assert len(f.tree._leaves) < 100  # pyright: ignore[reportPrivateUsage]
+    assert len(f.tree._leaves) == 1  # pyright: ignore[reportPrivateUsage]
+
+
+def test_candidates_that_are_gone_are_forgotten_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    f = Fixture()
+    for first in range(1000):
+        f.put([first, 0], [first], namespace=1)
+    counted: list[int] = []
+    forget = PrefixTree._forget_gone  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(PrefixTree, "_forget_gone", lambda tree: (counted.append(1), forget(tree)))
+    for page in range(1000, 11_000):
+        f.put([page, 0], [page])
+        f.tree.drop(0)
+    assert len(f.tree._leaves) < 2200  # pyright: ignore[reportPrivateUsage]
+    assert 5 < len(counted) < 20
+
+
+def test_random_evictions_take_what_was_unused_for_longest() -> None:
+    """With paths that are locked for a while; `oldest_idle` against a search of the whole tree."""
+    rng = random.Random(4)
+    f = Fixture()
+    locked: list[list[Node]] = []
+    num_evicted = 0
+    for page in itertools.count(0, 8):
+        tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 9))]
+        match rng.randrange(6):
+            case 0 | 1:
+                f.put(tokens, list(range(page, page + -(-len(tokens) // SIZE))))
+            case 2 | 3:
+                nodes = f.tree.match(0, packed(*tokens), len(tokens)).nodes
+                f.tree.lock(nodes)
+                locked.append(nodes)
+            case 4 if locked:
+                f.tree.unlock(locked.pop(rng.randrange(len(locked))))
+            case _ if leaf := f.tree.oldest_idle():
+                f.tree.evict(leaf)
+                num_evicted += 1
+            case _:
+                pass
+        idle = [node for node in f.tree.nodes() if not node.refs and not node.children]
+        oldest = f.tree.oldest_idle()
+        assert (oldest is None) == (not idle)
+        assert oldest is None or oldest.last_use == min(node.last_use for node in idle)
+        if num_evicted == 500:
+            return
 
 
 def test_random_walk_against_a_list_of_prefixes() -> None:
