@@ -99,7 +99,8 @@ class Supervisor:
         self.stop()
 
     def run(self) -> ErrorInfo | None:
-        """Start, watch and end everything. Returns the error that ended the server, or None after `stop`.
+        """Start, watch and end everything. Returns the error that ended the server, or that a process ended with after
+        `stop`, or None.
 
         When it returns, no process, socket or file of the server is left.
         """
@@ -140,7 +141,7 @@ class Supervisor:
             except OSError as error:  # no more processes or descriptors allowed, no room for the config file
                 failure = ConfigError(f"a process cannot be started: {error}").info()
         if failure is None:
-            self._end_orderly()
+            failure = self._end_orderly()
         else:
             self._on_failure(failure)
             self._end_after(failure)
@@ -242,8 +243,11 @@ class Supervisor:
 
     # ---- ending ---------------------------------------------------------------------------------------------------
 
-    def _end_orderly(self) -> None:
-        """The front answers what waits, the scheduler ends the engine. What does not end in time is killed by `run`."""
+    def _end_orderly(self) -> ErrorInfo | None:
+        """The front answers what waits, the scheduler ends the engine. What does not end in time is killed by `run`.
+
+        Returns what a process complained of while it ended, such as the scheduler of its books.
+        """
         logger.info("shutting down")
         self._tell("front", Shutdown())
         if "scheduler" in self._ready:
@@ -252,6 +256,11 @@ class Supervisor:
         else:  # a worker that loads would not listen
             self._kill_all_but("front")
             self._await_exits({"front"})
+        for child in [child for child in self._children.values() if child.exited]:
+            self._forget(child)
+            if child.error is not None:
+                return child.error
+        return None
 
     def _end_after(self, failure: ErrorInfo) -> None:
         """Workers that wait for a dead peer in a collective never listen: kill all; the front answers honestly."""

@@ -86,25 +86,17 @@ class SchedulerProcess:
         self._quiet_time = QuietTime()
 
     def run(self) -> None:
-        """Serve until the supervisor says Shutdown. Raises what ends the engine."""
-        ready = self._await_workers()
-        if self._stopping:
-            return
-        self._scheduler = self._make_scheduler(ready)
-        for path in self._config.lora.lora_paths:
-            self._load_at_start(path)
-        self._await_front()
-        if self._stopping:
-            return
-        self._front.send(self._server_info(ready))
-        self._context.ready()
-        leave_old_garbage()
+        """Serve until the supervisor says Shutdown. Raises what ends the engine, after an orderly end AssertionError if the
+        books are wrong.
+        """
+        started = self._start()
         while not self._stopping:
             self._turn()
-        if self._scheduler.idle:
+        self._close()
+        if started and self._scheduler.idle:
             self._scheduler.check()
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Let workers and loader end in order. What was sent before still leaves."""
         for pipe in (*self._workers, self._loader):
             with contextlib.suppress(ProtocolError):  # it has not come up yet
@@ -115,6 +107,21 @@ class SchedulerProcess:
         self._context.zmq.term()
 
     # ---- starting -------------------------------------------------------------------------------------------------
+
+    def _start(self) -> bool:
+        """Until all are ready and everybody knows. False: told to end before there was a scheduler."""
+        ready = self._await_workers()
+        if self._stopping:
+            return False
+        self._scheduler = self._make_scheduler(ready)
+        for path in self._config.lora.lora_paths:
+            self._load_at_start(path)
+        self._await_front()
+        if not self._stopping:
+            self._front.send(self._server_info(ready))
+            self._context.ready()
+            leave_old_garbage()
+        return True
 
     def _await_workers(self) -> list[WorkerReady]:
         """What each rank has room for, once all ranks and the loader are ready."""
@@ -299,15 +306,13 @@ def milliseconds_to_first(*due: float | None) -> int | None:
 
 
 def main(config: ServerConfig, context: ChildContext) -> None:
-    process = SchedulerProcess(config, context)
     try:
-        process.run()
+        SchedulerProcess(config, context).run()
     except ProtocolError:
         # A peer that dies breaks its pipe. The supervisor knows what it died of and ends us before the time is over.
         if context.supervisor.wait(_VERDICT_MS):
             return
         raise
-    process.close()  # after an error the supervisor ends the others, who may not be listening
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""What the scheduler itself takes for a step, without workers: the device has two steps to go on with meanwhile, no more.
+"""What the scheduler itself takes for a step, without workers: meanwhile the device has one other step to go on with.
 
     python scripts/bench_scheduler.py --model-shape llama-8b --json scheduler.jsonl [--only 512x128 …] [--pages N] [--steps N]
 
-A row 512x128 is a server under full load, 256 rows in every step: prompts of 512 random tokens, 128 new ones each, and as
-many requests waiting that a place never stays free. Steps count once the cache is full, so that every page that is taken
-was another prefix's. Milliseconds from a step's answer to the next plan, packed; `tidy_ms` is what is left for quiet time
+A row 512x128 is a server under full load: prompts of 512 random tokens, 128 new ones each, and as many requests waiting
+that a place never stays free for want of them; a step has up to 256 rows and 8192 tokens. Steps count once the cache is
+full, so that every page that is taken was another prefix's. No prompt begins like another: nothing is found in the cache.
+Milliseconds from a step's answer to the next plan, packed; `tidy_ms` is what is left for quiet time
 (scheduler/quiet_time.py). One run: what is looked for are its slowest steps.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import statistics
@@ -29,7 +31,7 @@ from manylora.scheduler.quiet_time import leave_old_garbage, tidy_up
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
 
 ROWS = ("512x128", "16x128", "1024x16")
-COLUMNS = ("steps", "mean_ms", "p50_ms", "p99_ms", "p99_9_ms", "max_ms", "tidy_ms")
+COLUMNS = ("steps", "free_pages", "mean_ms", "p50_ms", "p99_ms", "p99_9_ms", "max_ms", "tidy_ms")
 PAGE_SIZE = 16
 WAITING = 64
 
@@ -63,11 +65,11 @@ class Load:
         self._plan()
         return time.perf_counter() - started
 
-    def refill(self) -> bool:
-        """Submit as many requests as have ended. True: the cache is full."""
+    def refill(self) -> int:
+        """Submit as many requests as have ended. Returns how many pages are free."""
         state = self._state()
         self._fill_queue(state)
-        return state.pages_free == 0
+        return state.pages_free
 
     def finish(self) -> None:
         """Abort everything and let the last steps end."""
@@ -103,13 +105,15 @@ class Load:
 
 def measure(bench: Bench, prompt_tokens: int, new_tokens: int) -> Result:
     """One row."""
+    gc.collect()  # the last row's scheduler
     load = Load(bench, prompt_tokens, new_tokens)
-    while not load.refill():
+    while load.refill():
         load.step()
     times: list[float] = []
+    free_pages = 0
     for _ in range(bench.args.steps):
         times.append(1e3 * load.step())
-        load.refill()
+        free_pages = max(free_pages, load.refill())
     load.finish()
     started = time.perf_counter()
     tidy_up(load.scheduler)
@@ -118,6 +122,7 @@ def measure(bench: Bench, prompt_tokens: int, new_tokens: int) -> Result:
     return {
         "steps": len(times),
         "pages": bench.args.pages,
+        "free_pages": free_pages,
         "mean_ms": round(statistics.mean(times), 3),
         "p50_ms": round(per_mille[499], 3),
         "p99_ms": round(per_mille[989], 3),

@@ -111,5 +111,6 @@ def test_the_schedulers_own_time_is_measured_with_a_full_cache(tmp_path: Path) -
     done = run_script("bench_scheduler", "--model-shape", "tiny", "--json", str(path), *sizes)
     assert done.returncode == 0, done.stderr
     line = lines_of(path)["16x8"]
-    assert (line["steps"], line["pages"]) == (30, 400)
-    assert 0 < line["p50_ms"] <= line["p99_ms"] <= line["p99_9_ms"] <= line["max_ms"]
+    assert line["steps"] == 30
+    assert line["free_pages"] < line["pages"] // 20
+    assert min(line["p50_ms"], line["mean_ms"], line["tidy_ms"]) > 0

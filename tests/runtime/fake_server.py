@@ -30,7 +30,7 @@ def note(text: str) -> None:
 
 def behave(behaviour: str, config: ServerConfig, context: ChildContext) -> None:
     match behaviour:
-        case "serve":
+        case "serve" | "complain":  # at its end
             context.ready()
         case "load":  # for ever
             pass
@@ -106,6 +106,8 @@ def main(config: ServerConfig, context: ChildContext) -> None:
         obey_scheduler(context)
     if context.role == "scheduler":
         end_the_others(config, context)
+    if behaviour == "complain":
+        raise ConfigError(f"{context.role} complains")
 
 
 if __name__ == "__main__":

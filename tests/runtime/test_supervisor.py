@@ -98,6 +98,16 @@ def test_front_and_scheduler_are_told_and_the_scheduler_ends_the_rest(house: Hou
     assert told.index("scheduler") < told.index("worker0")
 
 
+def test_a_complaint_at_the_end_is_told(house: House, fake: Callable[[str, str], None]) -> None:
+    fake("scheduler", "complain")
+    house.start()
+    house.wait_until_started()
+    time.sleep(0.3)
+    house.supervisor.stop()
+    assert house.join() < supervisor_module.GRACE_S
+    assert house.failure == ErrorInfo("bad_config", "scheduler complains", 400)
+
+
 def test_a_refusal_ends_the_start(house: House, fake: Callable[[str, str], None]) -> None:
     fake("prepare", "refuse")
     house.start()

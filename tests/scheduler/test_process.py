@@ -25,6 +25,7 @@ from manylora.runtime.messages import (
     Done,
     FlushCache,
     FrontToScheduler,
+    GetState,
     LoadAdapter,
     LoaderReady,
     LoaderRestarted,
@@ -37,11 +38,14 @@ from manylora.runtime.messages import (
     ServerInfo,
     Shutdown,
     StageAdapter,
+    State,
     WorkerFailed,
     WorkerReady,
     WorkerToScheduler,
 )
 from manylora.scheduler.process import milliseconds_to_first
+from manylora.scheduler.quiet_time import QUIET_S
+from tests.runtime.fakes import REPOSITORY
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -59,7 +63,13 @@ WAIT_MS = 10_000
 class Peers:
     """Everyone the scheduler's process talks to."""
 
-    def __init__(self, directory: Path, *, lora_paths: tuple[LoRAPath, ...] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        lora_paths: tuple[LoRAPath, ...] = (),
+        module: str = "manylora.scheduler.process",
+    ) -> None:
         (directory / "config.json").write_text(json.dumps(MODEL))
         self.images = directory / "images"
         self.images.mkdir()
@@ -75,7 +85,7 @@ class Peers:
         )
         self._zmq: zmq.Context[Any] = zmq.Context()
         self._pipes: list[Pipe[Any, Any]] = []
-        self.scheduler = ChildProcess(self._zmq, self.config, "scheduler", "manylora.scheduler.process")
+        self.scheduler = ChildProcess(self._zmq, self.config, "scheduler", module)
         self.front = self._connect("front", FrontToScheduler, SchedulerToFront)
         self.loader = self._connect("loader", LoaderToScheduler, SchedulerToLoader)
         self.workers = [
@@ -170,6 +180,38 @@ def test_shutdown_reaches_everyone(peers: Peers) -> None:
     for pipe in (peers.loader, *peers.workers):
         assert next_message(pipe) == Shutdown()
     assert exit_code(peers.scheduler) == 0
+
+
+@pytest.fixture
+def wrong(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Peers]:
+    """With a scheduler whose books are wrong."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    peers = Peers(directory, module="tests.scheduler.wrong_books")
+    yield peers
+    peers.close()
+
+
+def complaint(scheduler: ChildProcess) -> str:
+    failed = next_message(scheduler.pipe)
+    assert isinstance(failed, ChildFailed)
+    assert exit_code(scheduler) == 1
+    return failed.error.message
+
+
+def test_wrong_books_end_it_after_a_quiet_second(wrong: Peers) -> None:
+    wrong.serve()
+    wrong.front.send(GetState(0))
+    assert isinstance(next_message(wrong.front), State)
+    assert not wrong.scheduler.pipe.wait(int(QUIET_S * 500))
+    assert complaint(wrong.scheduler) == f"AssertionError: wrong, with old garbage left for {10**9} rounds"
+
+
+def test_wrong_books_are_told_at_the_end_when_everyone_else_knows(wrong: Peers) -> None:
+    wrong.serve()
+    wrong.scheduler.pipe.send(Shutdown())
+    for pipe in (wrong.loader, *wrong.workers):
+        assert next_message(pipe) == Shutdown()
+    assert complaint(wrong.scheduler).startswith("AssertionError: wrong")
 
 
 def test_a_worker_that_fails_ends_it_with_the_workers_error(peers: Peers) -> None:

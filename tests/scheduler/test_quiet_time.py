@@ -1,4 +1,4 @@
-"""Nothing that takes long holds up a request, and what waits for quiet time is not lost by waiting."""
+"""Tidying up is done when nothing has run for a while, and what waits for that is not lost by waiting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_it_tidies_up_once_after_a_quiet_second(monkeypatch: pytest.MonkeyPatch)
     assert watched.quiet_time.seconds_to_due == QUIET_S / 2
     assert watched.use_after(QUIET_S / 2) == ["recount", "garbage"]
     assert watched.quiet_time.seconds_to_due is None
-    assert watched.use_after(10.0) == []
+    for _ in range(3):
+        assert watched.use_after(10.0) == []
 
 
 def test_a_request_begins_the_second_anew(monkeypatch: pytest.MonkeyPatch) -> None:
