@@ -1,8 +1,9 @@
 """What takes long and can wait until nobody does: the recount of the books, and garbage that has grown old.
 
 With a full cache both take time by the page: for 54,000 pages, those of an 8B model on one GPU of 140 GB, 30 to 100 ms each,
-longer than most steps that the device has to go on with. Python would collect all garbage each time a quarter of the cache's nodes is new, in the
-middle of the load; and a recount right at the end of a request would hold up a lone user's next one.
+longer than most steps that the device has to go on with. Python would collect all garbage each time a quarter of the
+cache's nodes is new, in the middle of the load; and a recount right at the end of a request would hold up a lone user's
+next one.
 """
 
 from __future__ import annotations
