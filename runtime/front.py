@@ -85,11 +85,11 @@ async def _serve(config: ServerConfig, context: ChildContext, listener: socket.s
             await _warm_up(manager)
             manager.metrics.clear()  # it was nobody's request
             REQUEST_ID.set("")
+            gc.collect()
+            gc.freeze()  # later collections need not go through what the start left: 13 ms in which no token is sent on
             state.ready = True
             logger.info("The server is fired up and ready to roll!")
             orders.report_ready()
-            gc.collect()
-            gc.freeze()  # later collections need not go through what the start left: 13 ms in which no token is sent on
             raise await manager.wait_failed()
     except ManyloraError:
         if not orders.to_end:

@@ -41,7 +41,7 @@ from manylora.runtime.messages import (
 from manylora.runtime.model_config import DTYPE_BYTES, load_model_config
 from manylora.scheduler.file_remover import FileRemover
 from manylora.scheduler.grammar_threads import GrammarThreads
-from manylora.scheduler.quiet_time import QuietTime, leave_old_garbage
+from manylora.scheduler.quiet_time import QuietTime, leave_garbage
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
 
 logger = logging.getLogger("manylora.scheduler")
@@ -120,7 +120,7 @@ class SchedulerProcess:
         if not self._stopping:
             self._front.send(self._server_info(ready))
             self._context.ready()
-            leave_old_garbage()
+            leave_garbage()
         return True
 
     def _await_workers(self) -> list[WorkerReady]:

@@ -1,9 +1,9 @@
-"""What takes long and can wait until nobody does: the recount of the books, and garbage that has grown old.
+"""What takes long and can wait until nobody does: the recount of the books, and the collection of garbage.
 
 With a full cache both take time by the page: for 54,000 pages, those of an 8B model on one GPU of 140 GB, 30 to 100 ms each,
-longer than most steps that the device has to go on with. Python would collect all garbage each time a quarter of the
-cache's nodes is new, in the middle of the load; and a recount right at the end of a request would hold up a lone user's
-next one.
+longer than most steps that the device has to go on with. A recount right at the end of a request would hold up a lone user's
+next one. Python would collect in the middle of the load, and not only old garbage: where as many nodes die as are born, it
+sees no reason to look at the young ones until there are tens of thousands.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from collections.abc import Callable
 from manylora.scheduler.scheduler import Scheduler
 
 QUIET_S = 1.0
-_NEVER = 10**9
 
 
-def leave_old_garbage() -> None:
-    """Collect what the start left. From now on only young garbage is collected by itself, old garbage in quiet time.
+def leave_garbage() -> None:
+    """Collect what the start left. From now on garbage is collected in quiet time alone.
 
-    That loses little: what the scheduler forgets is in no cycle, so it needs no collector (tests/scheduler/test_quiet_time.py).
+    A busy server may never have that, and loses nothing: what the scheduler forgets is in no cycle, so it needs no collector
+    (tests/scheduler/test_quiet_time.py).
     """
     gc.collect()
     gc.freeze()
-    young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, _NEVER)
+    gc.disable()
 
 
 def tidy_up(scheduler: Scheduler) -> None:

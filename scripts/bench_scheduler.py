@@ -27,7 +27,7 @@ from manylora.runtime.config import ModelArgs, ServerConfig
 from manylora.runtime.messages import Abort, GenerateReq, GetState, State, Submit, pack_i64
 from manylora.runtime.plan import ForwardBatch, ForwardOutput, section_bounds
 from manylora.runtime.sampling_params import SamplingParams
-from manylora.scheduler.quiet_time import leave_old_garbage, tidy_up
+from manylora.scheduler.quiet_time import leave_garbage, tidy_up
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
 
 ROWS = ("512x128", "16x128", "1024x16")
@@ -133,7 +133,7 @@ def measure(bench: Bench, prompt_tokens: int, new_tokens: int) -> Result:
 
 
 def main(bench: Bench) -> None:
-    leave_old_garbage()
+    leave_garbage()
     for row in bench.args.only or ROWS:
         prompt_tokens, new_tokens = map(int, row.split("x"))
         bench.measure(row, lambda p=prompt_tokens, n=new_tokens: measure(bench, p, n))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.e2e.helpers import ONE_DEVICE
+from tests.e2e.helpers import ONE_DEVICE, wait_until
 from tests.reference import Reference
 from tests.server import REPOSITORY, Server, running_server
 from tests.tiny_models import TinyModels
@@ -157,7 +157,7 @@ python3 -m sglang.launch_server --model-path {MODEL} \\
     with stage.launch(cell) as server:
         assert server.get("/v1/models").status == 200
         assert server.get("/get_model_info").body["model_path"] == str(stage.paths[MODEL])
-        assert "ready at http://" in server.log()
+        wait_until(lambda: "ready at http://" in server.log(), "the line that tells the address")
         answers = ask(server, [LIST, LIST], ["lora0", None])
         assert texts(answers) == [stage.text(A64, LIST), stage.text(None, LIST)]
         adapter, base = (answer["meta_info"]["cached_tokens"] for answer in answers)

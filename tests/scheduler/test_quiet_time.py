@@ -63,7 +63,7 @@ def test_wrong_books_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_scheduler_forgets_waits_for_no_collector() -> None:
-    """Old garbage is collected in quiet time alone, which a busy server may never have."""
+    """Garbage is collected in quiet time alone, which a busy server may never have."""
     gc.collect()
     gc.disable()
     try:
