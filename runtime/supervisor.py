@@ -221,9 +221,10 @@ class Supervisor:
         if len(self._loader_deaths) > MAX_LOADER_RESTARTS:
             return False
         epoch = dead.epoch + 1
-        logger.warning("%s; it is started again", dead.exit_error().message)
         self._children["scheduler"].pipe.send(LoaderRestarted(epoch))
         self._start("loader", epoch=epoch)
+        # Last: who loads an adapter because of this line finds a scheduler that knows.
+        logger.warning("%s; it is started again", dead.exit_error().message)
         return True
 
     def _log_ready(self) -> None:
