@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,20 @@ def wait_until(fact: Callable[[], bool], what: str, timeout_s: float = 20.0) -> 
     while not fact():
         assert time.monotonic() < deadline, f"{what}: not after {timeout_s} s"
         time.sleep(0.02)
+
+
+def load_by_next_loader(server: Server, name: str, path: Path) -> None:
+    """Load after the loader was killed. Until the scheduler has heard of that, which nobody outside sees, a load is sent to
+    the dead one and answered so; a caller then asks again.
+    """
+
+    def loaded() -> bool:
+        reply = server.load(name, path)
+        told = (reply.status, "process that reads adapters died" in str(reply.body))
+        assert told in ((200, False), (500, True)), reply
+        return reply.status == 200
+
+    wait_until(loaded, "a load by the next loader")
 
 
 class Background:

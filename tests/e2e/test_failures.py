@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.helpers import TWO_DEVICES, Background, Stream, wait_until
+from tests.e2e.helpers import TWO_DEVICES, Background, Stream, load_by_next_loader, wait_until
 from tests.server import CUDA_FLAGS, Server, running_server
 from tests.tiny_models import TinyModels, edit_json
 
@@ -148,7 +148,7 @@ def test_a_dead_loader_is_started_again(model_dir: Path, tiny_models: TinyModels
         old = server.children()["loader"]
         os.kill(old, signal.SIGKILL)
         wait_until(lambda: server.children().get("loader", old) != old, "the next loader")
-        assert server.load("one", tiny_models.adapter("llama", "r4_qv")).status == 200
+        load_by_next_loader(server, "one", tiny_models.adapter("llama", "r4_qv"))
 
 
 def test_a_loader_killed_with_several_loads_under_way(

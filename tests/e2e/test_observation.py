@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.helpers import wait_until
+from tests.e2e.helpers import load_by_next_loader, wait_until
 from tests.server import REPOSITORY, Server, free_port, running_server
 from tests.test_dashboard import queries
 
@@ -116,7 +116,7 @@ def test_every_line_of_a_json_log_is_an_object(tmp_path: Path) -> None:
         server.get("/metrics")
         os.kill(server.children()["loader"], signal.SIGKILL)
         wait_until(lambda: "it is started again" in server.log(), "a new loader")
-        assert server.load("upper_case", DEMO / "adapters/upper_case").status == 200
+        load_by_next_loader(server, "upper_case", DEMO / "adapters/upper_case")
     lines = log_objects(server)
     access = [line for line in lines if line["logger"] == "manylora.access"]
     assert {line["process"] for line in lines} == {"supervisor", "front", "scheduler"}
