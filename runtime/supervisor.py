@@ -223,7 +223,7 @@ class Supervisor:
         epoch = dead.epoch + 1
         self._children["scheduler"].pipe.send(LoaderRestarted(epoch))
         self._start("loader", epoch=epoch)
-        # Last: who loads an adapter because of this line finds a scheduler that knows.
+        # Last: who loads an adapter because of this line finds a scheduler that was told, though it may not have read it.
         logger.warning("%s; it is started again", dead.exit_error().message)
         return True
 

@@ -25,7 +25,7 @@ from bench_common import Bench, Result, make_arguments, run_to_end
 from manylora.lora.page_layout import pool_geometry
 from manylora.runtime.config import ModelArgs, ServerConfig
 from manylora.runtime.messages import Abort, GenerateReq, GetState, State, Submit, pack_i64
-from manylora.runtime.plan import ForwardBatch, ForwardOutput, section_bounds
+from manylora.runtime.plan import ForwardBatch, ForwardOutput
 from manylora.runtime.sampling_params import SamplingParams
 from manylora.scheduler.quiet_time import leave_garbage, tidy_up
 from manylora.scheduler.scheduler import PoolLimits, Scheduler
@@ -58,8 +58,7 @@ class Load:
     def step(self) -> float:
         """Answer the oldest step; the seconds until the next is planned and packed."""
         plan = self._in_flight.popleft()
-        _, num_samples, _ = section_bounds(plan.counts)["samples"]
-        answer = ForwardOutput(plan.step, self._tokens(num_samples))
+        answer = ForwardOutput(plan.step, self._tokens(plan.count("samples")))
         started = time.perf_counter()
         self.scheduler.on_worker(answer)
         self._plan()
